@@ -1,0 +1,1 @@
+"""The graph and the people's side of it: command line, laptop engine."""

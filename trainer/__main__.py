@@ -1,0 +1,136 @@
+"""Run a stage: the only entry point of every image.
+
+python -m trainer STAGE --params params.yaml --in NAME=URI --out NAME=URI [section.key=value ...]
+python -m trainer STAGE --executor-input '{{$}}'          # inside Kubeflow Pipelines
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+
+from trainer import __version__, log
+from trainer.errors import EXIT_CODES, EXIT_FAILURE, EXIT_OK, ConfigError, MillraceError
+from trainer.stage import STAGES, Stage, execute
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, printed from the stage table."""
+    codes = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer",
+        description="Run one stage of the pipeline.",
+        epilog=f"exit codes:\n{codes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"millrace {__version__}")
+    stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
+    for stage in STAGES.values():
+        sub = stages.add_parser(
+            stage.name,
+            help=stage.help,
+            description=f"{stage.help[0].upper()}{stage.help[1:]}.",
+            epilog=describe_ports(stage),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("--params", metavar="FILE", help="params.yaml; without it, the defaults")
+        sub.add_argument("--in", dest="inputs", metavar="NAME=URI", action="append", default=[], help="an input folder")
+        sub.add_argument(
+            "--out", dest="outputs", metavar="NAME=URI", action="append", default=[], help="an output folder"
+        )
+        sub.add_argument(
+            "--scratch", metavar="DIR", default="", help="folder for checkpoints and journals that outlive a kill"
+        )
+        sub.add_argument(
+            "--executor-input", metavar="JSON", default="", help="inputs, outputs and parameters as KFP gives them"
+        )
+        sub.add_argument(
+            "--log-format", choices=("text", "json"), default="text", help="lines for people or for machines"
+        )
+        sub.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+        sub.add_argument("overrides", metavar="section.key=value", nargs="*", help="override a parameter")
+    return parser
+
+
+def describe_ports(stage: Stage) -> str:
+    """Lines that list a stage's inputs, outputs and parameter sections."""
+    lines = []
+    for title, ports in (("inputs", stage.inputs), ("outputs", stage.outputs)):
+        if ports:
+            lines.append(f"{title}:")
+            lines += [
+                f"  {name:<12}{'(optional) ' if port.optional else ''}{port.help}" for name, port in ports.items()
+            ]
+    lines.append(f"sections of params.yaml: {', '.join(stage.sections)}")
+    return "\n".join(lines)
+
+
+def parse_ports(words: Sequence[str], flag: str) -> dict[str, str]:
+    """`["dataset=out/dataset"]` -> {"dataset": "out/dataset"}.
+
+    Raises:
+        ConfigError: a word is not NAME=URI, or a name is given twice.
+    """
+    ports: dict[str, str] = {}
+    for word in words:
+        name, sep, uri = word.partition("=")
+        if not sep or not name or not uri:
+            raise ConfigError(f"{flag} {word!r} is not of the form NAME=URI", f"for example {flag} dataset=out/dataset")
+        if name in ports:
+            raise ConfigError(f"{flag} {name} is given twice", "give it once")
+        ports[name] = uri
+    return ports
+
+
+def run_stage(args: argparse.Namespace) -> int:
+    """Run the stage that the command line names; returns the exit status."""
+    from trainer.config.load import dump, load
+
+    if args.executor_input:
+        from trainer import executor
+
+        return executor.run(args.stage, args.executor_input, args.overrides)
+    params = load(args.params, args.overrides)
+    if args.print_config:
+        print(dump(params), end="")
+        return EXIT_OK
+    execute(args.stage, params, parse_ports(args.inputs, "--in"), parse_ports(args.outputs, "--out"), args.scratch)
+    return EXIT_OK
+
+
+def report_error(error: BaseException) -> int:
+    """Print an error for a person, or as a JSON object, on stderr; returns its exit status."""
+    if isinstance(error, MillraceError):
+        if log.is_json():
+            log.say("error", error=error.message, fix=error.hint, exit_code=error.exit_code)
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    traceback.print_exception(error)
+    print(
+        f"error: {type(error).__name__}: {error}\n  fix: this is a bug or the machine; see the traceback",
+        file=sys.stderr,
+    )
+    return EXIT_FAILURE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status that `trainer.errors` lists."""
+    args = build_parser().parse_args(argv)
+    log.configure(args.log_format)
+    try:
+        return run_stage(args)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        return report_error(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Configuration: one closed schema for params.yaml, the CLI, DVC, Katib and the KFP run form. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from trainer.config.base import Section
+from trainer.config.data import Data, Task
+from trainer.config.model import FAMILIES, Model, NgramBag
+from trainer.config.stages import Distill, Evaluate, Promote, Quantize, Tune
+from trainer.config.train import Parallel, Train
+
+__all__ = [
+    "Data", "Distill", "Evaluate", "Model", "Parallel", "Params", "Promote", "Quantize", "Section", "Task", "Train", "Tune",
+]  # fmt: skip
+
+
+class Params(Section):
+    """The whole of params.yaml: one section per concern, each with defaults."""
+
+    data: Data = Field(default=Data(), description=Data.__doc__)
+    task: Task = Field(default=Task(), description=Task.__doc__)
+    model: Model = Field(default=NgramBag(), description="The model: `name` chooses the family.")
+    train: Train = Field(default=Train(), description=Train.__doc__)
+    parallel: Parallel = Field(default=Parallel(), description=Parallel.__doc__)
+    tune: Tune = Field(default=Tune(), description=Tune.__doc__)
+    distill: Distill = Field(default=Distill(), description=Distill.__doc__)
+    quantize: Quantize = Field(default=Quantize(), description=Quantize.__doc__)
+    evaluate: Evaluate = Field(default=Evaluate(), description=Evaluate.__doc__)
+    promote: Promote = Field(default=Promote(), description=Promote.__doc__)
+
+    @model_validator(mode="after")
+    def _family_learns_task(self) -> Self:
+        for key, model in (("model", self.model), ("distill.student", self.distill.student)):
+            if key == "distill.student" and not self.distill.enabled:
+                continue
+            tasks = FAMILIES[model.name][2]
+            if self.task.name not in tasks:
+                fitting = [name for name, (_, _, learns) in FAMILIES.items() if self.task.name in learns]
+                raise ValueError(
+                    f"{key}.name is {model.name!r}, which cannot learn task {self.task.name!r}; use one of {', '.join(fitting)}"
+                )
+        return self
