@@ -1,1 +1,1 @@
-
+"""Distillation, pruning, quantisation and export."""

@@ -132,8 +132,8 @@ def _split(key: str) -> list[str]:
     return parts
 
 
-def _copy(value: Any) -> Any:
-    return {key: _copy(item) for key, item in value.items()} if isinstance(value, dict) else value
+def _copy(value: dict[str, Any]) -> dict[str, Any]:
+    return {key: _copy(item) if isinstance(item, dict) else item for key, item in value.items()}
 
 
 def validate(tree: Mapping[str, Any], where: str = "params.yaml") -> Params:
@@ -142,7 +142,7 @@ def validate(tree: Mapping[str, Any], where: str = "params.yaml") -> Params:
     Raises:
         ConfigError: with one line for each wrong key: its dotted path, what is wrong, and the nearest name or the bound.
     """
-    named = {key: _copy(value) for key, value in tree.items()}
+    named = _copy(dict(tree))
     for family in (
         named.get("model"),
         (named.get("distill") or {}).get("student") if isinstance(named.get("distill"), dict) else None,

@@ -1,6 +1,7 @@
 """Section `model`: one class per model family; `model.name` chooses. `FAMILIES`, at the end, is the registry.
 
-To add a family, write `trainer/models/NAME.py` with a `build(config, spec)` and enter its class, with its parameters, in `FAMILIES`.
+To add a family, write `trainer/models/NAME.py` with a `build(config, spec)` and enter its class of parameters in
+`FAMILIES`.
 """
 
 from __future__ import annotations

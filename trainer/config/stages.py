@@ -57,7 +57,7 @@ class Tune(Section):
     """Search algorithm (Katib: grid, random, tpe, bayesianoptimization)."""
     pruner: Literal["none", "median", "hyperband"] = "median"
     """Stops trials that fall behind."""
-    space: dict[str, Dimension] = {"train.lr": Dimension(type="float", low=3e-4, high=3e-2, log=True)}
+    space: dict[str, Dimension] = Field(default={"train.lr": Dimension(type="float", low=3e-4, high=3e-2, log=True)})
     """Dotted parameter -> its dimension."""
     metric: str = "val_accuracy"
     """Metric of the validation split to optimise: val_accuracy, val_macro_f1 or val_loss."""

@@ -1,1 +1,1 @@
-
+"""Metrics, significance, baselines and the report."""

@@ -1,1 +1,1 @@
-
+"""Local ranks, process groups and exit codes."""

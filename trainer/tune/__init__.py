@@ -1,1 +1,1 @@
-
+"""The search for hyper-parameters on a laptop."""
