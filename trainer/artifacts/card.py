@@ -7,7 +7,7 @@ Mitchell et al. 2019, "Model Cards for Model Reporting". The same inputs give th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ def _evaluation(results: list[tuple[str, str, float]]) -> str:
     return _table(("Split", "Metric", "Value"), rows)
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
 
@@ -166,11 +166,11 @@ def _fill(texts: Mapping[str, str], dataset: Dataset) -> str:
 
 
 def _source(dataset: Dataset) -> str:
-    return str(dataset.meta.get("source", "")) or "unknown"
+    return _inline(str(dataset.meta.get("source", ""))) or "unknown"
 
 
 def _version(dataset: Dataset) -> str:
-    return str(dataset.meta.get("data_version", "")) or "unknown"
+    return _inline(str(dataset.meta.get("data_version", ""))) or "unknown"
 
 
 def _plain(value: Any) -> Any:
