@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 
 from trainer import __version__, log
-from trainer.errors import EXIT_CODES, EXIT_FAILURE, EXIT_OK, ConfigError, MillraceError
+from trainer.errors import EXIT_CODES, EXIT_FAILURE, EXIT_OK, ConfigError, GateRefused, MillraceError
 from trainer.stage import STAGES, Stage, execute
 
 
@@ -52,6 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
             "--log-format", choices=("text", "json"), default="text", help="lines for people or for machines"
         )
         sub.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+        sub.add_argument(
+            "--allow-refusal", action="store_true", help="exit with 0 when a gate refuses: the output says so"
+        )
         sub.add_argument("overrides", metavar="section.key=value", nargs="*", help="override a parameter")
     return parser
 
@@ -88,6 +91,16 @@ def parse_ports(words: Sequence[str], flag: str) -> dict[str, str]:
 
 def run_stage(args: argparse.Namespace) -> int:
     """Run the stage that the command line names; returns the exit status."""
+    try:
+        return _run_stage(args)
+    except GateRefused as error:
+        if not args.allow_refusal:
+            raise
+        log.say(f"refused: {error.message}")
+        return EXIT_OK
+
+
+def _run_stage(args: argparse.Namespace) -> int:
     from trainer.config.load import dump, load
 
     if args.executor_input:
