@@ -132,10 +132,9 @@ def render(params: Params) -> str:
     return HEADER + yaml.safe_dump(build(params), sort_keys=False, width=1000, allow_unicode=True)
 
 
-def refresh(folder: Path, params: Params) -> bool:
+def write(folder: Path, text: str) -> bool:
     """Rewrite dvc.yaml in a project folder if it differs; returns whether it did."""
     path = folder / "dvc.yaml"
-    text = render(params)
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return False
     storage.write_atomic(path, text.encode())
@@ -151,7 +150,7 @@ def main(words: list[str]) -> int:
             if not path.is_file() or path.read_text(encoding="utf-8") != render(params):
                 raise ConfigError("dvc.yaml: not what params.yaml says", "run python -m pipelines.dvcfile")
         else:
-            refresh(Path(), params)
+            write(Path(), render(params))
     except MillraceError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -1,0 +1,201 @@
+"""A project on disk: a folder with params.yaml, dvc.yaml and .dvc, be it the clone or one made by `millrace new`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from pipelines import dvcfile
+from trainer import presets, storage
+from trainer.config import Params
+from trainer.config.load import apply_overrides, load, parse_yaml, read_tree, validate
+from trainer.errors import ConfigError, DataError, MillraceError
+
+PARAMS = "params.yaml"
+CONFIG = "[core]\n    analytics = false\n    check_update = false\n    autostage = false\n"
+IGNORED_BY_DVC = "# Folders in which DVC looks for nothing.\n.venv\nregistry\nout/.scratch\n"
+IGNORED_BY_GIT = "/out/\n/registry/\n/data/raw/\n/dvc_plots/\n"
+LOCAL_DVC_FILES = "/config.local\n/tmp\n/cache\n"
+
+
+def environment() -> dict[str, str]:
+    """Environment of DVC and of the stages: this Python first on the path, and nothing phones home."""
+    env = dict(os.environ)
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
+    env |= {"DVC_NO_ANALYTICS": "1", "DVC_STUDIO_OFFLINE": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
+    return env
+
+
+def require(folder: Path) -> None:
+    """Check that a folder is a project.
+
+    Raises:
+        ConfigError: there is no params.yaml.
+    """
+    if not (folder / PARAMS).is_file():
+        raise ConfigError(
+            f"{folder / PARAMS}: no such file",
+            "go to the project's folder, or make one with `millrace new DIR --data FILE --text COL --label COL`",
+        )
+
+
+def prepare(folder: Path) -> None:
+    """Make .dvc and tell DVC whether there is git: a folder without git is a project as well."""
+    config = folder / ".dvc" / "config"
+    if not config.is_file():
+        storage.write_atomic(config, CONFIG.encode())
+        storage.write_atomic(folder / ".dvc" / ".gitignore", LOCAL_DVC_FILES.encode())
+    (folder / ".dvc" / "tmp").mkdir(exist_ok=True)
+    local = folder / ".dvc" / "config.local"
+    section = "[core]\n    no_scm = true\n"
+    text = local.read_text(encoding="utf-8") if local.is_file() else ""
+    if inside_git(folder):
+        if text == section:
+            local.unlink()
+    elif "no_scm" not in text:
+        storage.write_atomic(local, (text + section).encode())
+
+
+def inside_git(folder: Path) -> bool:
+    """Whether the folder is the root of a git work tree, or lies in one."""
+    return any((parent / ".git").exists() for parent in (folder.absolute(), *folder.absolute().parents))
+
+
+def configure(folder: Path, overrides: list[str]) -> Params:
+    """Write overrides into a project's params.yaml, keeping its comments, and bring dvc.yaml up to date.
+
+    Nothing is written unless all of it is right.
+
+    Raises:
+        ConfigError: an override or the file is wrong.
+        DataError: data.source is a local path at which nothing is.
+    """
+    require(folder)
+    path = folder / PARAMS
+    params = load(path, overrides)
+    text = dvcfile.render(params)
+    if overrides:
+        before = read_tree(path)
+        tree = apply_overrides(before, overrides)
+        if tree != before:
+            storage.write_atomic(path, edit(path.read_text(encoding="utf-8"), tree).encode())
+    dvcfile.write(folder, text)
+    return params
+
+
+def edit(text: str, tree: Mapping[str, Any]) -> str:
+    """The YAML text changed so that it holds `tree`, with its comments and order kept."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    document = yaml.load(text)
+    if document is None:
+        document = yaml.map()
+    _merge(document, tree)
+    out = StringIO()
+    yaml.dump(document, out)
+    if parse_yaml(out.getvalue(), PARAMS) != _plain(tree):
+        raise AssertionError("the edited file does not hold the new values")
+    return out.getvalue()
+
+
+def _merge(node: Any, tree: Mapping[str, Any]) -> None:
+    for key in [key for key in node if key not in tree]:
+        del node[key]
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and isinstance(node.get(key), Mapping):
+            _merge(node[key], value)
+        elif key not in node or node[key] != value or type(value) is bool:
+            node[key] = _flow(value)
+
+
+def _flow(value: Any) -> Any:
+    """Lists are written on one line, as in the presets."""
+    from ruamel.yaml.comments import CommentedSeq
+
+    if isinstance(value, (list, tuple)):
+        sequence = CommentedSeq(_flow(item) for item in value)
+        sequence.fa.set_flow_style()
+        return sequence
+    return {key: _flow(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def new(folder: Path, data: Path, text: str, label: str, preset: str, overrides: list[str]) -> Params:
+    """Make a project: the data is copied into data/ and put under DVC, params.yaml is the preset with the columns set.
+
+    Raises:
+        ConfigError: the folder is not empty, or an override is wrong.
+        DataError: there is no such data.
+    """
+    data = data.expanduser()
+    if not data.exists():
+        raise DataError(f"--data {data}: no such file or folder", "correct the path")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder}: is there already and is not empty", "name a folder that does not exist yet")
+    place = f"data/{data.name}"
+    values = [f"data.source={place}", f"data.text={text}", f"data.label={label}", *overrides]
+    content = presets.text(preset)
+    tree = apply_overrides(parse_yaml(content, preset), values)
+    validate(tree, f"preset {preset}")
+    made = not folder.exists()
+    try:
+        (folder / "data").mkdir(parents=True)
+        target = folder / place
+        if data.is_dir():
+            shutil.copytree(data, target)
+        else:
+            shutil.copyfile(data, target)
+        (folder / PARAMS).write_text(edit(content, tree), encoding="utf-8")
+        (folder / ".dvcignore").write_text(IGNORED_BY_DVC, encoding="utf-8")
+        (folder / ".gitignore").write_text(IGNORED_BY_GIT, encoding="utf-8")
+        prepare(folder)
+        dvc(folder, "add", "-q", place)
+        return _in(folder)
+    except BaseException:
+        if made:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _in(folder: Path) -> Params:
+    """Write dvc.yaml; its paths are relative to the project's folder."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        return configure(Path(), [])
+    finally:
+        os.chdir(before)
+
+
+def dvc(folder: Path, *words: str) -> str:
+    """Run a DVC command in a project's folder and return its output.
+
+    Raises:
+        MillraceError: it failed; the message is DVC's own.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *words],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise MillraceError(f"dvc {' '.join(words)}: {done.stderr.strip()}", "see DVC's message")
+    return done.stdout
