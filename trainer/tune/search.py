@@ -1,0 +1,322 @@
+"""The local search: Optuna's samplers and pruners over a journal that outlives a kill.
+
+The same seed gives the same trials and the same best, also when the search was killed on the way: the values of a trial
+are drawn by a sampler seeded with the trial's number from the finished trials alone, and are written to the journal
+in one line before the trial starts; a trial that a dead process left running is run again under its number.
+A trial that fails or diverges is FAILED with its reason and never has a score.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer import storage
+from trainer.config.stages import Tune
+from trainer.errors import ArtifactError, DivergedError, MillraceError, Preempted, StorageError
+from trainer.log import say
+from trainer.tune import space
+from trainer.tune.space import Values
+
+if TYPE_CHECKING:
+    import optuna
+
+Report = Callable[[int, float], None]
+"""report(evaluation, value): tell an intermediate value of the metric; raises optuna.TrialPruned to stop the trial."""
+Objective = Callable[[int, Values, Report], float]
+"""objective(trial number, values, report) -> the final value of the metric."""
+
+STUDY = "search"
+# A trial whose process dies this often without one evaluation in between kills it itself (out of memory, most likely).
+MAX_ATTEMPTS = 10
+
+
+class SearchError(MillraceError):
+    """The search as a whole cannot go on; raised inside a trial, it ends the search."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A finished trial. `state` is complete, pruned or failed; `value` is None unless it is complete."""
+
+    number: int
+    state: str
+    value: float | None
+    params: Values
+    reason: str = ""
+    seconds: float = 0.0
+    evaluations: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Search:
+    """The outcome: all trials by number, the best one, and the share of each dimension in the variance (fANOVA)."""
+
+    trials: list[Trial]
+    best: Trial
+    importance: dict[str, float]
+
+
+def search(
+    tune: Tune, objective: Objective, scratch: Path, *, first: Values | None = None, evaluations: int = 0
+) -> Search:
+    """Run the trials that the journal does not hold yet.
+
+    Args:
+        tune: the section.
+        objective: trains and returns the value of `tune.metric`; an exception makes the trial FAILED.
+        scratch: folder of the journal.
+        first: values of the first trial, normally those that are configured; the grid has no use for it.
+        evaluations: evaluations of a whole trial, if known: Hyperband's resource.
+
+    Raises:
+        MillraceError: all trials failed (DivergedError if all diverged), with their reasons.
+        ConfigError: a grid over a continuous dimension.
+        StorageError: another process runs this search.
+        Preempted: SIGTERM arrived in a trial; the same call goes on from there.
+    """
+    limit = min(tune.trials, space.grid_size(tune)) if tune.sampler == "grid" else tune.trials
+    started = time.monotonic()
+    with _quiet(), _alone(scratch):
+        study = _open(tune, scratch, evaluations)
+        while True:
+            trials = study.get_trials(deepcopy=False)
+            done = [trial for trial in trials if trial.state.is_finished()]
+            if len(done) == len(trials):
+                late = tune.timeout_s and time.monotonic() - started >= tune.timeout_s
+                if len(done) >= limit or (late and done):
+                    break
+                study.enqueue_trial(_propose(study, tune, first, len(done), evaluations))
+            _run_next(study, tune, objective, limit)
+        finished = [_summary(trial) for trial in study.get_trials(deepcopy=False)]
+        return Search(finished, best_of(finished, tune.direction), importance_of(study))
+
+
+def best_of(trials: list[Trial], direction: str) -> Trial:
+    """The complete trial with the best value; the first of equals.
+
+    Raises:
+        MillraceError: no trial is complete.
+    """
+    complete = [trial for trial in trials if trial.state == "complete" and trial.value is not None]
+    if complete:
+        sign = -1.0 if direction == "maximize" else 1.0
+        return min(complete, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+    reasons: dict[str, list[int]] = {}
+    for trial in trials:
+        reasons.setdefault(trial.reason or trial.state, []).append(trial.number)
+    lines = [f"trial {', '.join(map(str, numbers))}: {reason}" for reason, numbers in reasons.items()]
+    diverged = all(reason.startswith(DivergedError.__name__) for reason in reasons)
+    raise (DivergedError if diverged else MillraceError)(
+        f"tune: none of the {len(trials)} trials has a score\n  " + "\n  ".join(lines),
+        "narrow tune.space (a lower train.lr, most often), or correct what the reasons name",
+    )
+
+
+def importance_of(study: optuna.Study) -> dict[str, float]:
+    """Share of each dimension in the variance of the score (fANOVA, Hutter et al. 2014); empty where it has no meaning."""
+    import optuna
+
+    complete = [trial for trial in study.get_trials(deepcopy=False) if trial.state == optuna.trial.TrialState.COMPLETE]
+    if len(complete) < 4 or len({trial.value for trial in complete}) < 2:
+        return {}
+    try:
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    except (RuntimeError, ValueError, ImportError):
+        return {}
+    return {key: float(value) for key, value in found.items() if math.isfinite(value)}
+
+
+def make_sampler(tune: Tune, number: int) -> optuna.samplers.BaseSampler:
+    """The sampler of one trial, seeded with its number, so that a resumed search draws what it would have drawn."""
+    import numpy as np
+    import optuna
+
+    seed = int(np.random.SeedSequence([tune.seed, number]).generate_state(1)[0])
+    # Half of a small budget is spent on looking around, not the ten trials that larger ones can afford.
+    startup = max(2, min(10, tune.trials // 2))
+    if tune.sampler == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    if tune.sampler == "gp":
+        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
+    if tune.sampler == "grid":
+        # The seed orders the grid: it must be the same for all trials.
+        axes = {key: space.grid_values(key, dimension) for key, dimension in tune.space.items()}
+        return optuna.samplers.GridSampler(axes, seed=tune.seed)
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
+
+
+def make_pruner(tune: Tune, evaluations: int) -> optuna.pruners.BasePruner:
+    """The pruner; its resource is the number of evaluations on the validation split."""
+    import optuna
+
+    if tune.pruner == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=max(2, min(5, tune.trials // 3)), n_warmup_steps=1)
+    if tune.pruner == "hyperband":
+        return optuna.pruners.HyperbandPruner(max_resource=evaluations or "auto")
+    return optuna.pruners.NopPruner()
+
+
+def _open(tune: Tune, scratch: Path, evaluations: int) -> optuna.Study:
+    """The study on its journal, after repairing what a kill left: half a line, and the lock of a dead process."""
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    path = scratch / "journal.jsonl"
+    for stale in path.parent.glob(f"{path.name}.lock*"):
+        storage.remove(stale)
+    if path.exists():
+        with open(path, "r+b") as file:
+            content = file.read()
+            file.truncate(content.rfind(b"\n") + 1)
+    return optuna.create_study(
+        study_name=STUDY,
+        storage=optuna.storages.JournalStorage(JournalFileBackend(str(path))),
+        direction=tune.direction,
+        pruner=make_pruner(tune, evaluations),
+        load_if_exists=True,
+    )
+
+
+def _propose(study: optuna.Study, tune: Tune, first: Values | None, number: int, evaluations: int) -> Values:
+    """Values of trial `number`, from the finished trials alone."""
+    import optuna
+
+    if number == 0 and first is not None and tune.sampler != "grid":
+        return first
+    memory = optuna.create_study(
+        study_name=STUDY,
+        direction=tune.direction,
+        sampler=make_sampler(tune, number),
+        pruner=make_pruner(tune, evaluations),
+    )
+    memory.add_trials(study.get_trials(deepcopy=False))
+    return dict(memory.ask(space.distributions(tune)).params)
+
+
+def _run_next(study: optuna.Study, tune: Tune, objective: Objective, limit: int) -> None:
+    """Run the trial that is waiting, or the one that a dead process left running."""
+    import optuna
+    from optuna.trial import TrialState
+
+    left = [trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.RUNNING]
+    if left:
+        trial = optuna.Trial(study, left[0]._trial_id)
+        for key, distribution in space.distributions(tune).items():
+            trial._suggest(key, distribution)
+    else:
+        trial = study.ask(space.distributions(tune))
+    evaluated: list[int] = list(trial.user_attrs.get("evaluated", []))
+    attempts = trial.user_attrs.get("attempts", {})
+    attempts = {"count": attempts.get("count", 0) + 1 if attempts.get("after") == len(evaluated) else 1}
+    trial.set_user_attr("attempts", attempts | {"after": len(evaluated)})
+    if attempts["count"] > MAX_ATTEMPTS:
+        reason = f"its process died {MAX_ATTEMPTS} times in a row (out of memory?)"
+        return _finish(study, trial, "failed", None, reason, 0.0, limit)
+
+    def report(step: int, value: float) -> None:
+        # Counted and not timed: trials with different batch sizes are compared after the same number of evaluations.
+        if step not in evaluated:
+            evaluated.append(step)
+            trial.set_user_attr("evaluated", evaluated)
+        trial.report(value, evaluated.index(step) + 1)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+
+    clock = time.perf_counter()
+    value, reason = None, ""
+    try:
+        value = float(objective(trial.number, dict(trial.params), report))
+        state = "complete" if math.isfinite(value) else "failed"
+        reason = "" if state == "complete" else f"{DivergedError.__name__}: {tune.metric} is not finite"
+    except optuna.TrialPruned:
+        state, reason = "pruned", f"fell behind at evaluation {len(evaluated)}"
+    except Preempted:
+        trial.set_user_attr("attempts", {})
+        raise
+    except (SearchError, StorageError, ArtifactError):
+        raise  # the machine or the data, not the values
+    except Exception as error:
+        state, reason = "failed", _reason(error)
+    return _finish(study, trial, state, value, reason, time.perf_counter() - clock, limit)
+
+
+def _finish(
+    study: optuna.Study, trial: optuna.Trial, state: str, value: float | None, reason: str, seconds: float, limit: int
+) -> None:
+    from optuna.trial import TrialState
+
+    trial.set_user_attr("reason", reason)
+    trial.set_user_attr("seconds", seconds)
+    if state == "complete":
+        study.tell(trial, value)
+    else:
+        study.tell(trial, state=TrialState.PRUNED if state == "pruned" else TrialState.FAIL)
+    shown = " ".join(f"{key}={space_value(item)}" for key, item in trial.params.items())
+    outcome = f"{value:.4f}" if state == "complete" else f"{state} ({reason})"
+    say(f"trial {trial.number + 1}/{limit}: {outcome}  {shown}")
+
+
+def space_value(value: Any) -> str:
+    """A value of a dimension, short."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _reason(error: Exception) -> str:
+    message = error.message if isinstance(error, MillraceError) else str(error)
+    return " ".join(f"{type(error).__name__}: {message}".split())[:500]
+
+
+def _summary(trial: optuna.trial.FrozenTrial) -> Trial:
+    state = {"COMPLETE": "complete", "PRUNED": "pruned"}.get(trial.state.name, "failed")
+    return Trial(
+        trial.number,
+        state,
+        trial.value if state == "complete" else None,
+        dict(trial.params),
+        str(trial.user_attrs.get("reason", "")),
+        float(trial.user_attrs.get("seconds", 0.0)),
+        dict(trial.intermediate_values),
+    )
+
+
+@contextmanager
+def _alone(scratch: Path) -> Iterator[None]:
+    """Hold the search's lock, which the system releases when the process dies."""
+    with storage.explained(scratch):
+        scratch.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(scratch / "search.lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(f"{scratch}: another process runs this search", "wait for it, or end it") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Optuna says nothing: our own lines tell each trial."""
+    import optuna
+
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"optuna(\.|$)")
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(before)
