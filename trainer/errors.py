@@ -6,6 +6,9 @@ what is worth another try (143, preempted after a durable checkpoint) is above.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
@@ -23,15 +26,27 @@ EXIT_CODES: dict[int, str] = {
 }
 
 
+# User and password in a URI. The keys of object stores may hold slashes, and their buckets never a colon.
+_PASSWORDS = re.compile(r"(?i)((?:s3a?|gs|gcs|minio|oci)://)[^\s@:]*:[^\s@]+@|(://)[^\s/@:]*:[^\s/@]+@")
+_SIGNATURES = re.compile(r"(?i)([?&][\w.-]*(?:signature|credential|token|secret|password|sig|key)=)[^&\s'\"]+")
+
+
+def redact(text: str) -> str:
+    """The text without the passwords, keys and signatures of the URIs in it."""
+    if "://" not in text:
+        return text
+    return _SIGNATURES.sub(r"\1***", _PASSWORDS.sub(lambda found: f"{found[1] or found[2]}***@", text))
+
+
 class MillraceError(ValueError):
     """An error a person can act on: `message` says what happened and where, `hint` what to do about it."""
 
     exit_code = EXIT_BAD_INPUT
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = redact(message)
+        self.hint = redact(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message}\n  fix: {self.hint}" if self.hint else self.message
@@ -60,9 +75,13 @@ class DivergedError(MillraceError):
 
 
 class GateRefused(MillraceError):
-    """The promotion gate refused the candidate; the message is its reason."""
+    """The promotion gate refused the candidate; the message is its reason, `metrics` the figures it went by."""
 
     exit_code = EXIT_REFUSED
+
+    def __init__(self, message: str, hint: str = "", metrics: Mapping[str, float] | None = None) -> None:
+        super().__init__(message, hint)
+        self.metrics = dict(metrics or {})
 
 
 class Preempted(MillraceError):

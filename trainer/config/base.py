@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
+
+
+def no_bool(value: Any) -> Any:
+    """For literal integers: pydantic takes `true` for 1 there even when types are strict."""
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number (given {value})")
+    return value
 
 
 class Section(BaseModel):

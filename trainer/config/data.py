@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from trainer.config.base import Section
+from trainer.config.base import Section, no_bool
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -107,7 +107,7 @@ class Data(Section):
     """Longest text in tokens for `classify` (the rest is cut off); length of a sequence for `lm`."""
     image_size: int = Field(default=8, ge=4, le=1024)
     """Pictures are scaled to this many pixels on each side."""
-    image_channels: Literal[1, 3] = 1
+    image_channels: Annotated[Literal[1, 3], BeforeValidator(no_bool)] = 1
     """1 for grey, 3 for RGB."""
     engine: Literal["daft", "ray", "pool"] = "daft"
     """`daft` runs embedded; `ray` runs the same code on a Ray cluster; `pool` is the plain process pool."""

@@ -2,86 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from trainer.config import Params
+from trainer.config.explain import explain
 from trainer.config.model import FAMILIES, NgramBag
-from trainer.config.names import nearest
+from trainer.config.names import nearest, shown
+from trainer.config.plain import plain
+from trainer.config.text import dump_yaml, parse_value, parse_yaml, read_text
 from trainer.errors import ConfigError
 
-MAX_BYTES = 1 << 20
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without aliases (a file of 1 kB could otherwise expand to gigabytes) and with 1e-3 read as a number."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not supported; write the value out")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key {key!r} appears twice, line {node.start_mark.line + 1}")
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1, PyYAML's, reads 1e-3 as text; YAML 1.2 and everybody's expectation is a number.
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in pairs if tag != "tag:yaml.org,2002:float"]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.inf|\.nan)$"
-    ),
-    list("-+0123456789."),
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Parse YAML text safely; `where` names it in errors.
-
-    Raises:
-        ConfigError: it is not YAML, too large, or uses aliases or duplicate keys.
-    """
-    if len(text) > MAX_BYTES:
-        raise ConfigError(f"{where}: larger than {MAX_BYTES} characters", "a configuration is a few kilobytes")
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{where}: not valid YAML: {' '.join(str(error).split())}", "check indentation and colons"
-        ) from None
+MAX_LINES = 10
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:
-    """The sections of a params.yaml as plain dicts, not yet validated."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file", "write one with `millrace preset use text-classify`") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}", "save it as UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}", "check the path and its permissions") from None
-    tree = parse_yaml(text, str(path))
+    """The sections of a params.yaml as plain dicts, not yet validated.
+
+    Raises:
+        ConfigError: the file cannot be read, holds nothing, or is no mapping of sections.
+    """
+    tree = parse_yaml(read_text(Path(path)), str(path))
     if tree is None:
-        return {}
-    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise ConfigError(
+            f"{path}: empty", "write it with `millrace preset use text-classify`, or write {} for defaults"
+        )
+    if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping of sections", "start lines with a section such as `train:`")
-    return tree
+    return dict(plain(tree))
 
 
 def parse_override(word: str) -> tuple[str, Any]:
@@ -92,36 +45,45 @@ def parse_override(word: str) -> tuple[str, Any]:
     """
     key, sep, value = word.partition("=")
     key = key.strip()
-    if not sep or not re.fullmatch(r"[A-Za-z_][\w-]*(\.[\w-]+)+", key):
-        raise ConfigError(f"override {word!r} is not of the form section.key=value", "for example train.lr=1e-3")
-    return key, parse_yaml(value, f"override {key}") if value.strip() else ""
+    if not sep or not re.fullmatch(r"[A-Za-z_][\w-]*(\.[\w-]+){1,8}", key):
+        message = f"override {shown(word)} is not of the form section.key=value"
+        raise ConfigError(message, "for example train.lr=1e-3")
+    return key, parse_value(value, f"override {key}")
 
 
-def apply_overrides(tree: dict[str, Any], overrides: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
+def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
     """A copy of the tree with the overrides set. Choosing another model family drops the old family's parameters.
 
     Args:
         tree: sections as plain dicts.
         overrides: words `section.key=value`, or a mapping of dotted keys to values.
+
+    Raises:
+        ConfigError: a word is malformed, or leads through a value that is not a section.
     """
     pairs = list(overrides.items()) if isinstance(overrides, Mapping) else [parse_override(word) for word in overrides]
-    result = _copy(tree)
+    result: dict[str, Any] = plain(tree)
+    families = ("model.name", "distill.student.name")
     # The family first: which other keys exist depends on it.
-    for key, value in sorted(pairs, key=lambda pair: pair[0] not in ("model.name", "distill.student.name")):
+    for key, value in sorted(pairs, key=lambda pair: pair[0] not in families):
         *parents, leaf = _split(key)
         node = result
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise ConfigError(
-                    f"{key}: {parent} is a value, not a section", "run with --print-config to see the tree"
-                )
-        if leaf == "name" and value in FAMILIES and node.get("name", value) != value:
-            allowed = FAMILIES[value][0].model_fields
-            for stale in [name for name in node if name not in allowed]:
-                del node[stale]
-        node[leaf] = value
+                message = f"{key}: {parent} is a value, not a section"
+                raise ConfigError(message, "run with --print-config to see the tree")
+        if key in families and node.get("name", NgramBag().name) != value:
+            _drop_stale(node, value)
+        node[leaf] = plain(value, key)
     return result
+
+
+def _drop_stale(node: dict[str, Any], family: Any) -> None:
+    """Remove the parameters that the family does not have."""
+    if isinstance(family, str) and family in FAMILIES:
+        for name in set(node) - set(FAMILIES[family][0].model_fields):
+            del node[name]
 
 
 def _split(key: str) -> list[str]:
@@ -132,32 +94,27 @@ def _split(key: str) -> list[str]:
     return parts
 
 
-def _copy(value: dict[str, Any]) -> dict[str, Any]:
-    return {key: _copy(item) if isinstance(item, dict) else item for key, item in value.items()}
-
-
 def validate(tree: Mapping[str, Any], where: str = "params.yaml") -> Params:
-    """Check a tree against the schema.
+    """Check a tree against the schema. Types are strict: `"5"` and `true` are no numbers.
 
     Raises:
         ConfigError: with one line for each wrong key: its dotted path, what is wrong, and the nearest name or the bound.
     """
-    named = _copy(dict(tree))
-    for family in (
-        named.get("model"),
-        (named.get("distill") or {}).get("student") if isinstance(named.get("distill"), dict) else None,
-    ):
+    named = plain(tree)
+    distill = named.get("distill")
+    for family in (named.get("model"), distill.get("student") if isinstance(distill, dict) else None):
         if isinstance(family, dict):
             family.setdefault("name", NgramBag().name)
     try:
-        params = Params.model_validate(named)
+        # As JSON, because lists then pass for tuples although types are strict.
+        params = Params.model_validate_json(json.dumps(named), strict=True)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors(include_url=False)]
-        raise ConfigError(
-            f"{where}: " + "\n  ".join(lines), "`millrace config` prints every key with its default"
-        ) from None
-    except RecursionError:
-        raise ConfigError(f"{where}: nested too deeply", "sections nest at most three levels") from None
+        items = error.errors(include_url=False, include_context=True)
+        lines = [explain(item) for item in items[:MAX_LINES]]
+        if len(items) > MAX_LINES:
+            lines.append(f"and {len(items) - MAX_LINES} more")
+        message = f"{where}: " + "\n  ".join(lines)
+        raise ConfigError(message, "`millrace config` prints every key with its default") from None
     for key in params.tune.space:
         _check_dimension(params, key)
     return params
@@ -180,56 +137,37 @@ def with_values(params: Params, values: Mapping[str, Any]) -> Params:
 
 def dump(params: Params) -> str:
     """The resolved tree as YAML: `load` reads it back to an equal `Params`."""
-    return str(yaml.safe_dump(params.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-
-
-def _explain(item: Any) -> str:
-    path = [str(part) for part in item["loc"]]
-    # The union of families puts the family's name into the path, which nobody typed.
-    path = [part for i, part in enumerate(path) if not (part in FAMILIES and i and path[i - 1] in ("model", "student"))]
-    dotted = ".".join(path) or "(top level)"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "extra_forbidden":
-        return f"{dotted}: unknown key; {nearest(path[-1], _keys_at(item['loc'][:-1]))}"
-    if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        given = item.get("ctx", {}).get("tag")
-        what = (
-            f"{given!r} is not a model family; {nearest(given, FAMILIES)}"
-            if given
-            else f"missing; known: {', '.join(FAMILIES)}"
-        )
-        return f"{dotted}.name: {what}"
-    given = repr(item.get("input"))
-    return f"{dotted}: {message}" + (f" (given {given})" if len(given) <= 60 and item["type"] != "value_error" else "")
-
-
-def _keys_at(loc: tuple[Any, ...]) -> list[str]:
-    """Names of the fields of the section at a validation error's location."""
-    model: Any = Params
-    for part in loc:
-        if part in FAMILIES:
-            model = FAMILIES[part][0]
-            continue
-        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        model = _section_of(field) if field else model
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
-
-
-def _section_of(field: FieldInfo) -> Any:
-    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-        return field.annotation
-    sections = [arg for arg in get_args(field.annotation) if isinstance(arg, type) and issubclass(arg, BaseModel)]
-    return sections[0] if sections else None
+    return dump_yaml(params.model_dump(mode="json"))
 
 
 def _check_dimension(params: Params, key: str) -> None:
-    """A dimension must name an existing scalar of the sections that a trial may change."""
+    """A dimension must name an existing scalar of the sections that a trial may change, with values that it may take."""
+    path = f"tune.space.{shown(key)}"
     head, *rest = key.split(".")
     if head not in ("model", "train") or not rest:
-        raise ConfigError(f"tune.space.{key}: a dimension must be a key of model or train", "for example train.lr")
+        raise ConfigError(f"{path}: a dimension must be a key of model or train", "for example train.lr")
     node: Any = getattr(params, head)
+    field: Any = None
     for part in rest:
         fields = type(node).model_fields if isinstance(node, BaseModel) else {}
         if part not in fields:
-            raise ConfigError(f"tune.space.{key}: unknown key {part!r}; {nearest(part, fields)}", "correct the name")
-        node = getattr(node, part)
+            raise ConfigError(f"{path}: unknown key {shown(part)}; {nearest(part, fields)}", "correct the name")
+        field, node = fields[part], getattr(node, part)
+    if isinstance(node, (BaseModel, tuple)):
+        raise ConfigError(
+            f"{path}: not a single value, it cannot be searched", "name a number, a text or a truth value"
+        )
+    dimension = params.tune.space[key]
+    check: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, *field.metadata])
+    for end, value in [("low", dimension.low), ("high", dimension.high), *(("choices", v) for v in dimension.choices)]:
+        try:
+            if value is not None:
+                check.validate_python(int(value) if dimension.type == "int" else value, strict=True)
+        except ValidationError as error:
+            reason = (
+                error.errors(include_url=False)[0]["msg"]
+                .removeprefix("Value error, ")
+                .replace("Input should be", "must be")
+            )
+            hint = f"give values that {key} can take" + (", or type: int" if isinstance(node, int) else "")
+            raise ConfigError(f"{path}.{end}: {reason} (given {value!r})", hint) from None
