@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from trainer.config.base import Section, no_bool
+
+
+def known_encoding(name: str) -> str:
+    """A validator that accepts only names of character encodings."""
+    try:
+        b"".decode(name)
+    except (LookupError, ValueError):
+        raise ValueError(f"{name[:40]!r} is not a character encoding; for example utf-8 or latin-1") from None
+    return name
+
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -91,7 +101,7 @@ class Data(Section):
     """Column or key that holds the text (or, for images, the file name in labels.csv)."""
     label: str = "label"
     """Column or key that holds the label."""
-    encoding: str = "utf-8"
+    encoding: Annotated[str, AfterValidator(known_encoding)] = "utf-8"
     """Character encoding of text files."""
     max_bad_rows: int = Field(default=100, ge=0)
     """Stop with an error after more malformed rows than this; up to it they are counted and dropped."""

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from trainer.config.base import Section
 from trainer.config.model import Model, NgramBag
+from trainer.config.names import one_of
+
+# Metrics of the validation split, and which direction is better.
+METRICS = {
+    "val_accuracy": "maximize",
+    "val_macro_f1": "maximize",
+    "val_loss": "minimize",
+    "val_bits_per_byte": "minimize",
+    "val_perplexity": "minimize",
+}
 
 Scalar = int | float | str | bool
 
@@ -59,8 +69,9 @@ class Tune(Section):
     """Stops trials that fall behind."""
     space: dict[str, Dimension] = Field(default={"train.lr": Dimension(type="float", low=3e-4, high=3e-2, log=True)})
     """Dotted parameter -> its dimension."""
-    metric: str = "val_accuracy"
-    """Metric of the validation split to optimise: val_accuracy, val_macro_f1 or val_loss."""
+    metric: Annotated[str, AfterValidator(one_of(METRICS))] = "val_accuracy"
+    """Metric of the validation split to optimise: val_accuracy and val_macro_f1 (maximize), val_loss,
+    val_bits_per_byte and val_perplexity (minimize; the last two for language models)."""
     direction: Literal["maximize", "minimize"] = "maximize"
     """Whether more or less of the metric is better."""
     epochs: int = Field(default=0, ge=0)
@@ -73,6 +84,12 @@ class Tune(Section):
     """Seed of the sampler."""
     timeout_s: float = Field(default=0.0, ge=0.0)
     """Start no trial after this many seconds; 0 has no limit."""
+
+    @model_validator(mode="after")
+    def _direction(self) -> Self:
+        if self.enabled and self.direction != METRICS[self.metric]:
+            raise ValueError(f"direction must be {METRICS[self.metric]} for {self.metric} (given {self.direction})")
+        return self
 
 
 class Distill(Section):
