@@ -34,14 +34,14 @@ def distribution(dimension: Dimension) -> BaseDistribution:
 
     if dimension.type == "categorical":
         return CategoricalDistribution(dimension.choices)
-    assert dimension.low is not None and dimension.high is not None
+    low, high = _bounds(dimension)
     if dimension.type == "int":
         step = _int_step(dimension)
-        low = int(dimension.low)
-        return IntDistribution(low, low + (int(dimension.high) - low) // step * step, log=dimension.log, step=step)
+        last = int(low) + (int(high) - int(low)) // step * step
+        return IntDistribution(int(low), last, log=dimension.log, step=step)
     if dimension.step is None:
-        return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
-    return FloatDistribution(dimension.low, _stepped(dimension)[-1], step=dimension.step)
+        return FloatDistribution(low, high, log=dimension.log)
+    return FloatDistribution(low, _stepped(dimension)[-1], step=dimension.step)
 
 
 def grid_values(key: str, dimension: Dimension) -> list[Any]:
@@ -52,14 +52,14 @@ def grid_values(key: str, dimension: Dimension) -> list[Any]:
     """
     if dimension.type == "categorical":
         return list(dimension.choices)
-    assert dimension.low is not None and dimension.high is not None
+    low, high = _bounds(dimension)
     if dimension.log or (dimension.type == "float" and dimension.step is None):
         raise ConfigError(
             f"tune.space.{key}: a grid needs a step, and this dimension is continuous",
             f"set tune.space.{key}.step, list its values as a categorical, or use another tune.sampler",
         )
     if dimension.type == "int":
-        return list(range(int(dimension.low), int(dimension.high) + 1, _int_step(dimension)))
+        return list(range(int(low), int(high) + 1, _int_step(dimension)))
     return _stepped(dimension)
 
 
@@ -106,12 +106,18 @@ def _contains(dimension: Dimension, value: Any) -> bool:
         return any(type(value) is type(choice) and value == choice for choice in dimension.choices)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    assert dimension.low is not None and dimension.high is not None
-    if not dimension.low <= value <= dimension.high or (dimension.type == "int" and value != int(value)):
+    low, high = _bounds(dimension)
+    if not low <= value <= high or (dimension.type == "int" and value != int(value)):
         return False
     if dimension.type == "int":
-        return (int(value) - int(dimension.low)) % _int_step(dimension) == 0
+        return (int(value) - int(low)) % _int_step(dimension) == 0
     return dimension.step is None or any(math.isclose(value, each) for each in _stepped(dimension))
+
+
+def _bounds(dimension: Dimension) -> tuple[float, float]:
+    assert dimension.low is not None
+    assert dimension.high is not None
+    return dimension.low, dimension.high
 
 
 def _int_step(dimension: Dimension) -> int:

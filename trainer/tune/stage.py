@@ -1,0 +1,137 @@
+"""Stage `tune`: search for hyper-parameters with short training runs on the dataset.
+
+best.json      {"params": {dotted key: value}, "value", "metric", "direction", "trial"}; params empty without a search
+trials.jsonl   one line per trial: number, state, value, params, reason, seconds, evaluations
+search.json    all of it, for the report
+search.html    history, importance, parallel coordinates and all trials
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from trainer import storage
+from trainer.artifacts.dataset import Dataset
+from trainer.config import Params
+from trainer.config.load import with_values
+from trainer.config.names import nearest
+from trainer.errors import Preempted
+from trainer.log import say
+from trainer.stage import Call, Result
+from trainer.tune import plots, space
+from trainer.tune.search import Report, Search, SearchError, search
+from trainer.tune.space import Values
+
+VOLATILE = ("trials.jsonl", "search.json", "search.html")  # they hold durations
+
+
+def run(call: Call) -> Result:
+    """Search, and write what was found.
+
+    Raises:
+        MillraceError: no trial has a score, the metric is not one of the task's, or a grid is continuous.
+        Preempted: SIGTERM arrived; the same command goes on from the last finished trial.
+    """
+    params, tune, out = call.params, call.params.tune, call.outputs["tuning"]
+    if not tune.enabled or not tune.space:
+        say("tune: off, train takes the parameters as they are")
+        write(out, params, None)
+        return Result(volatile=VOLATILE, meta={"tuning": {"enabled": False, "params": {}}})
+    dataset = Dataset(call.inputs["dataset"])
+    first = space.configured(tune, params.model_dump(mode="json"))
+    found = search(
+        tune,
+        lambda number, values, report: train_once(params, dataset, values, report, call.scratch / f"trial-{number}"),
+        call.scratch,
+        first=first,
+        evaluations=0 if params.train.eval_every or params.train.max_steps else tune.epochs or params.train.epochs,
+    )
+    best = write(out, params, found)
+    states = [trial.state for trial in found.trials]
+    say(f"tune: best of {len(states)} trials", **{tune.metric: best["value"]}, **best["params"])
+    metrics = {
+        f"best_{tune.metric}": float(best["value"]),
+        "num_trials": float(len(states)),
+        "num_pruned": float(states.count("pruned")),
+        "num_failed": float(states.count("failed")),
+    }
+    return Result(metrics, {"tuning": {"enabled": True, "params": best["params"], "metric": tune.metric}}, VOLATILE)
+
+
+def train_once(params: Params, dataset: Dataset, values: Values, report: Report, scratch: Path) -> float:
+    """Train with the values set and return the best value of the metric; a trial's objective.
+
+    Args:
+        params: the configuration that the values change.
+        dataset: what to train on.
+        values: dotted key -> value.
+        report: told the metric after each evaluation.
+        scratch: the trial's own folder for checkpoints; removed when it is done.
+    """
+    import torch
+
+    from trainer import models, tasks
+    from trainer.tasks.wrapped import FewerRows
+    from trainer.train.fit import fit
+
+    changed = with_values(params, values | _fidelity(params))
+    task = tasks.build(changed, dataset)
+    if params.tune.rows:
+        task = FewerRows(task, params.tune.rows)
+
+    def on_eval(step: int, metrics: dict[str, float]) -> None:
+        report(step, _metric(params, metrics))
+
+    done = True
+    try:
+        torch.manual_seed(changed.train.seed)
+        model = models.build(changed.model, dataset.spec)
+        fitted = fit(changed, task, model, scratch=scratch, on_eval=on_eval, what="trial")
+        return _metric(params, fitted.metrics)
+    except (Preempted, KeyboardInterrupt, SystemExit):
+        done = False
+        raise
+    finally:
+        if done:
+            storage.remove(scratch)
+
+
+def write(out: Path, params: Params, found: Search | None) -> dict[str, Any]:
+    """Write the four files; returns the content of best.json."""
+    tune = params.tune
+    best: dict[str, Any] = {"params": {}, "value": None, "metric": tune.metric, "direction": tune.direction}
+    best["trial"] = found.best.number if found else None
+    if found:
+        best |= {"params": found.best.params, "value": found.best.value}
+    rows = [asdict(trial) for trial in found.trials] if found else []
+    data = {
+        "metric": tune.metric, "direction": tune.direction, "sampler": tune.sampler, "pruner": tune.pruner,
+        "seed": tune.seed, "space": {key: each.model_dump(mode="json") for key, each in tune.space.items()},
+        "best": best, "trials": rows, "importance": found.importance if found else {},
+    }  # fmt: skip
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (out / "best.json").write_text(json.dumps(best, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "trials.jsonl").write_text(lines, encoding="utf-8")
+    (out / "search.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "search.html").write_text(plots.page(data), encoding="utf-8")
+    return best
+
+
+def _fidelity(params: Params) -> Values:
+    """What makes a trial cheaper than the training it stands for."""
+    tune = params.tune
+    given = {"train.epochs": tune.epochs, "train.max_steps": tune.max_steps}
+    return {key: value for key, value in given.items() if value}
+
+
+def _metric(params: Params, metrics: dict[str, float]) -> float:
+    name = params.tune.metric
+    if name not in metrics:
+        known = [key for key in metrics if key.startswith("val_")]
+        raise SearchError(
+            f"tune.metric: task {params.task.name!r} has no metric {name!r}; {nearest(name, known)}", "correct the name"
+        )
+    return float(metrics[name])
