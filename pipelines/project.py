@@ -14,7 +14,8 @@ from typing import Any
 from pipelines import dvcfile
 from trainer import presets, storage
 from trainer.config import Params
-from trainer.config.load import apply_overrides, load, parse_yaml, read_tree, validate
+from trainer.config.load import apply_overrides, load, read_tree, validate
+from trainer.config.text import parse_yaml
 from trainer.errors import ConfigError, DataError, MillraceError
 
 PARAMS = "params.yaml"

@@ -6,8 +6,9 @@ from importlib import resources
 from pathlib import Path
 
 from trainer import storage
-from trainer.config.load import parse_yaml, validate
+from trainer.config.load import validate
 from trainer.config.names import nearest
+from trainer.config.text import parse_yaml
 from trainer.errors import ConfigError
 
 DEFAULT = "text-classify"

@@ -1,0 +1,201 @@
+"""The command line: `millrace COMMAND`. Help texts come from the stage table and the schema.
+
+Starts in well under half a second: torch, DVC and the rest are imported by the command that needs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from trainer import __version__
+from trainer.errors import EXIT_CODES, ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that offers the nearest name for a wrong one."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong and leave with 2."""
+        self.print_usage(sys.stderr)
+        print(f"error: {message}\n  fix: see `{self.prog} --help`", file=sys.stderr)
+        raise SystemExit(2)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            from trainer.config.names import nearest
+
+            kind = str(action.metavar or action.dest).lower()
+            self.error(f"unknown {kind} {value!r}; {nearest(str(value), action.choices)}")
+
+
+def build_parser() -> Parser:
+    """The whole command line."""
+    codes = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
+    parser = Parser(
+        prog="millrace",
+        description="Raw data in, a tuned, trained, distilled, quantised, evaluated and promoted model out.",
+        epilog=f"exit codes:\n{codes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"millrace {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, help: str, handler: str, **options: Any) -> Parser:
+        sub: Parser = commands.add_parser(
+            name, help=help, description=f"{help[0].upper()}{help[1:]}.", formatter_class=argparse.RawDescriptionHelpFormatter,
+            **options,
+        )  # fmt: skip
+        sub.set_defaults(handler=handler)
+        return sub
+
+    _add_run(command)
+    _add_new(command)
+    _add_stage(command)
+    _add_preset(command)
+    _add_predict(command)
+    _add_registry(command)
+    _add_report(command)
+    _add_config(command)
+    command("version", "print the version", "version")
+    return parser
+
+
+Command = Callable[..., Parser]
+
+
+def _add_run(command: Command) -> None:
+    sub = command("run", "run what is not up to date, from raw data to a promoted model", "run")
+    sub.add_argument("overrides", metavar="section.key=value", nargs="*", help="set a parameter in params.yaml first")
+    sub.add_argument("--force", action="store_true", help="run all stages, changed or not")
+    sub.add_argument("--until", metavar="STAGE", help="stop after this stage")
+
+
+def _add_new(command: Command) -> None:
+    sub = command("new", "make a project of your own from a file of data", "new")
+    sub.add_argument("folder", metavar="DIR", help="folder to make")
+    sub.add_argument(
+        "--data", metavar="FILE", required=True, help="CSV, JSONL, JSON, Parquet or text file, or a folder"
+    )
+    sub.add_argument("--text", metavar="COL", default="text", help="column that holds the text (default: text)")
+    sub.add_argument("--label", metavar="COL", default="label", help="column that holds the label (default: label)")
+    sub.add_argument(
+        "--preset", metavar="NAME", default="text-classify", help="preset to start from (default: text-classify)"
+    )
+    sub.add_argument("overrides", metavar="section.key=value", nargs="*", help="set a parameter in its params.yaml")
+
+
+def _add_stage(command: Command) -> None:
+    # Only for the list of commands: `main` hands the words after `stage` to `python -m trainer`.
+    sub = command("stage", "run one stage, exactly as its container does", "stage", add_help=False)
+    sub.add_argument("words", metavar="STAGE ...", nargs=argparse.REMAINDER, help="see `millrace stage STAGE --help`")
+
+
+def _add_preset(command: Command) -> None:
+    sub = command("preset", "list, print or use a complete configuration", "preset")
+    actions = sub.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions.add_parser("ls", help="list the presets", description="List the presets.")
+    show = actions.add_parser("show", help="print a preset", description="Print a preset.")
+    use = actions.add_parser("use", help="write a preset to params.yaml", description="Write a preset to params.yaml.")
+    for each in (show, use):
+        each.add_argument("name", metavar="NAME", help="see `millrace preset ls`")
+    use.add_argument("--force", action="store_true", help="replace a params.yaml that is not an unchanged preset")
+
+
+def _add_predict(command: Command) -> None:
+    sub = command("predict", "ask a model; a line of JSON for each input", "predict")
+    sub.add_argument("texts", metavar="TEXT", nargs="*", help="inputs; without any, and without --file, lines of stdin")
+    sub.add_argument("--file", metavar="FILE", help="a line each: a text, a picture's path, or a JSON object or text")
+    sub.add_argument(
+        "--text", metavar="KEY", default="text", help="key of JSON objects that holds the text (default: text)"
+    )
+    sub.add_argument(
+        "--model", metavar="DIR", help="model folder (default: the registry's champion, else out/quantized)"
+    )
+    sub.add_argument("--batch-size", metavar="N", type=_count, default=64, help="inputs at once (default: 64)")
+
+
+def _add_registry(command: Command) -> None:
+    sub = command("registry", "list, show or roll back promoted models", "registry")
+    sub.add_argument(
+        "--uri", metavar="URI", help="the registry (default: promote.registry of params.yaml, else registry)"
+    )
+    actions = sub.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions.add_parser("ls", help="list versions", description="List versions.").add_argument(
+        "model", metavar="MODEL", nargs="?", default="", help="only this model"
+    )
+    for name, help in (
+        ("show", "print all about a version as JSON (default: the champion)"),
+        ("rollback", "make an earlier version the champion (default: the one before)"),
+    ):
+        each = actions.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+        each.add_argument("model", metavar="MODEL", help="name of the model")
+        each.add_argument("version", metavar="VERSION", nargs="?", default="", help="such as v0001")
+
+
+def _add_report(command: Command) -> None:
+    sub = command("report", "print the path of the last run's report", "report")
+    sub.add_argument("--open", action="store_true", help="open it in the browser")
+
+
+def _add_config(command: Command) -> None:
+    sub = command("config", "print every parameter with its type, bounds, default and meaning", "config")
+    sub.add_argument(
+        "overrides", metavar="section.key=value", nargs="*", help="override a parameter (with --print-config)"
+    )
+    sub.add_argument("--print-config", action="store_true", help="print params.yaml as the stages will see it")
+    sub.add_argument("--schema", action="store_true", help="print the JSON Schema of params.yaml, for editors")
+
+
+def _count(word: str) -> int:
+    try:
+        value = int(word)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number above 0")
+    return value
+
+
+def _stage(words: list[str]) -> int:
+    """`millrace stage`: the words go to `python -m trainer` as they are."""
+    from trainer.__main__ import main as stage_main
+    from trainer.__main__ import report_error
+    from trainer.config.names import nearest
+    from trainer.stage import STAGES
+
+    if words and not words[0].startswith("-") and words[0] not in STAGES:
+        return report_error(ConfigError(f"unknown stage {words[0]!r}; {nearest(words[0], STAGES)}", "correct the name"))
+    return stage_main(words or ["--help"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status that `trainer.errors` lists."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["stage"]:
+        return _stage(words[1:])
+    args = build_parser().parse_args(words)
+    from pipelines import commands
+    from trainer.__main__ import report_error
+
+    try:
+        handler: Callable[[argparse.Namespace], int] = getattr(commands, args.handler)
+        code = handler(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # Whoever read our output has enough of it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        return report_error(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

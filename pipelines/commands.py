@@ -1,0 +1,215 @@
+"""What each command of `millrace` does; each is `command(args) -> exit status`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pipelines import project
+from pipelines.dvcfile import OUT
+from trainer import __version__, presets
+from trainer.config import Params
+from trainer.config.load import dump, load
+from trainer.config.names import nearest
+from trainer.errors import EXIT_OK, ArtifactError, ConfigError, DataError, StorageError
+from trainer.storage import explained
+
+
+def run(args: Namespace) -> int:
+    """`millrace run`."""
+    from pipelines import local
+    from trainer.stage import STAGES
+
+    known = ["raw", *STAGES]
+    if args.until and args.until not in known:
+        raise ConfigError(f"--until {args.until}: no such stage; {nearest(args.until, known)}", "correct the name")
+    return local.run(args.overrides, force=args.force, only=[args.until] if args.until else None)
+
+
+def new(args: Namespace) -> int:
+    """`millrace new`."""
+    from pipelines.screen import program
+
+    folder = Path(args.folder)
+    params = project.new(folder, Path(args.data), args.text, args.label, args.preset, args.overrides)
+    print(f"made {folder}: params.yaml, dvc.yaml and {params.data.source}, which DVC versions")
+    print(f"next: cd {folder} && {program()} run")
+    return EXIT_OK
+
+
+def preset(args: Namespace) -> int:
+    """`millrace preset ls|show|use`."""
+    if args.action == "ls":
+        for name in presets.names():
+            print(f"{name:<18}{presets.summary(name)}")
+    elif args.action == "show":
+        print(presets.text(args.name), end="")
+    else:
+        _use_preset(args.name, Path(project.PARAMS), args.force)
+    return EXIT_OK
+
+
+def _use_preset(name: str, path: Path, force: bool) -> None:
+    content = presets.text(name)
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if before and not force and before not in [presets.text(known) for known in presets.names()]:
+        raise ConfigError(f"{path}: has changes of yours", "keep a copy of it, then add --force")
+    presets.use(name, path)
+    if (path.parent / "dvc.yaml").is_file():
+        project.configure(path.parent, [])
+    print(f"wrote {path}: {content.splitlines()[0].lstrip('# ')}")
+
+
+def predict(args: Namespace) -> int:
+    """`millrace predict`: inputs in, a line of JSON each out, a batch at a time."""
+    model = _model_folder(args.model)
+    from trainer.predict import Predictor
+
+    predictor = Predictor(model)
+    inputs = iter(args.texts) if args.texts else _read_inputs(args.file, args.text)
+    count = 0
+    while batch := list(islice(inputs, args.batch_size)):
+        for row in predictor.predict(batch, batch_size=args.batch_size):
+            print(json.dumps(row, ensure_ascii=False))
+        sys.stdout.flush()
+        count += len(batch)
+    if not count:
+        raise DataError("predict: no input", 'give texts, --file FILE or lines on stdin: millrace predict "a text"')
+    return EXIT_OK
+
+
+def _model_folder(given: str | None) -> Path:
+    """The folder of a model: the one given, the champion, or the last run's.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    if given:
+        path = Path(given)
+        if not path.is_dir():
+            raise ArtifactError(f"--model {given}: no such folder", "name a model folder such as out/quantized")
+        return path
+    from trainer import storage
+    from trainer.registry import Registry
+
+    params = _params()
+    uri = params.promote.registry
+    if storage.is_remote(uri) or Path(uri).is_dir():
+        registry = Registry(uri)
+        champion = registry.champion(params.promote.model)
+        if champion:
+            cache = Path(OUT) / ".champion"
+            return registry.fetch(params.promote.model, champion.version, "model", cache)
+    path = Path(OUT) / "quantized"
+    if path.is_dir():
+        return path
+    raise ArtifactError(
+        "no model: the registry has no champion and there is no out/quantized", "make one: millrace run"
+    )
+
+
+def _params() -> Params:
+    """params.yaml of the working folder, or the defaults where there is none."""
+    return load(project.PARAMS if Path(project.PARAMS).is_file() else None)
+
+
+def _read_inputs(file: str | None, key: str) -> Iterator[str]:
+    if not file:
+        yield from _inputs_of(sys.stdin, "stdin", key)
+        return
+    with explained(file):
+        if Path(file).is_dir():
+            raise StorageError(f"--file {file}: is a folder", "name a file")
+        with open(file, encoding="utf-8") as lines:
+            yield from _inputs_of(lines, file, key)
+
+
+def _inputs_of(lines: Iterable[str], name: str, key: str) -> Iterator[str]:
+    """A text for each line that is not empty; a line that is a JSON object or JSON text is read as such."""
+    try:
+        for number, line in enumerate(lines, 1):
+            line = line.rstrip("\r\n")
+            if line.strip():
+                yield _input_of(line, f"{name}:{number}", key)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: not UTF-8 ({error.reason})", "save it as UTF-8") from None
+
+
+def _input_of(line: str, where: str, key: str) -> str:
+    if line[0] not in '{"':
+        return line
+    try:
+        value: Any = json.loads(line)
+    except ValueError:
+        return line
+    if isinstance(value, dict):
+        if not isinstance(value.get(key), str):
+            raise DataError(f"{where}: the object has no text at key {key!r}; {nearest(key, value)}", "give --text KEY")
+        value = value[key]
+    return value if isinstance(value, str) else line
+
+
+def registry(args: Namespace) -> int:
+    """`millrace registry ls|show|rollback`."""
+    from trainer.registry import Registry
+
+    found = Registry(args.uri or _params().promote.registry)
+    if args.action == "show":
+        print(json.dumps(found.show(args.model, args.version), indent=1, ensure_ascii=False))
+    elif args.action == "rollback":
+        entry = found.rollback(args.model, args.version)
+        print(f"{args.model}: the champion is {entry['version']} (was {entry['previous'] or 'none'})")
+    else:
+        rows = found.list_versions(args.model)
+        if not rows:
+            print(f"no versions in {found.uri}", file=sys.stderr)
+        for row in rows:
+            print(_version_line(row))
+    return EXIT_OK
+
+
+def _version_line(row: dict[str, Any]) -> str:
+    from pipelines.screen import size
+
+    metrics = row["metrics"]
+    score = next((f"{name} {metrics[name]:.4f}" for name in ("accuracy", "bits_per_byte") if name in metrics), "")
+    facts = f"{row['version']}  {row['created']}  {row['decision']:<9} {score:<20} {size(row['bytes']):>8}"
+    return f"{'*' if row['champion'] else ' '} {row['model']:<20} {facts}"
+
+
+def report(args: Namespace) -> int:
+    """`millrace report`: the path on stdout, for a person or another program."""
+    path = Path(OUT) / "evaluation" / "report.html"
+    if not path.is_file():
+        raise ArtifactError(f"{path}: no such file", "make one: millrace run")
+    print(path)
+    if args.open:
+        import webbrowser
+
+        if not webbrowser.open(path.absolute().as_uri()):
+            print("no browser found; open the file yourself", file=sys.stderr)
+    return EXIT_OK
+
+
+def config(args: Namespace) -> int:
+    """`millrace config`."""
+    from pipelines import reference
+
+    if args.schema:
+        print(reference.schema())
+    elif args.print_config or args.overrides:
+        print(dump(load(project.PARAMS if Path(project.PARAMS).is_file() else None, args.overrides)), end="")
+    else:
+        print(reference.table())
+    return EXIT_OK
+
+
+def version(args: Namespace) -> int:
+    """`millrace version`."""
+    print(f"millrace {__version__}")
+    return EXIT_OK

@@ -1,0 +1,142 @@
+"""The laptop engine: `millrace run [section.key=value ...]` around `dvc repro`."""
+
+from __future__ import annotations
+
+import collections
+import re
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from pipelines import project, screen
+from pipelines.dvcfile import OUT, READS_REGISTRY
+from pipelines.engine import Event, Repro
+from trainer import storage
+from trainer.config import Params
+from trainer.config.load import parse_override, read_tree
+from trainer.errors import EXIT_CODES, EXIT_OK, EXIT_REFUSED
+
+LOG = f"{OUT}/run.log"
+_TAIL = 12
+
+
+def run(overrides: list[str], *, force: bool = False, only: list[str] | None = None) -> int:
+    """Run what is not up to date in the working folder; returns the exit status of the stage that failed, or 0.
+
+    Args:
+        overrides: words `section.key=value`, written to params.yaml.
+        force: run all stages.
+        only: names of stages; they and what they need are run, and nothing after them.
+
+    Raises:
+        ConfigError: an override is wrong; nothing was written.
+        DataError: the raw data is not there; nothing was written.
+    """
+    folder = Path()
+    started = time.monotonic()
+    project.require(folder)
+    overrides = [*overrides, *_model_of_new_source(folder, overrides)]
+    params = project.configure(folder, overrides)
+    project.prepare(folder)
+    stages = list(yaml.safe_load((folder / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
+    words = list(only or [])
+    runs = [[*words, "--force"] if force else words]
+    if not force and not only and champion_is_gone(params):
+        runs.append(["--force", "--single-item", *READS_REGISTRY])
+    board = screen.Board(stages)
+    paint = board.paint
+    print(f"{paint('millrace', 'bold')} {params.promote.model}  {paint(params.data.source, 'dim')}", flush=True)
+    code = EXIT_OK
+    for repro_words in runs:
+        code = code or _repro(folder, repro_words, board)
+    if code or only:
+        return code
+    for line in screen.last_screen(folder, paint, time.monotonic() - started, len(board.ran)):
+        print(line)
+    sys.stdout.flush()
+    promotion = screen.read_json(folder / OUT / "promotion" / "promotion.json")
+    return EXIT_OK if promotion.get("decision") == "promoted" else EXIT_REFUSED
+
+
+def _repro(folder: Path, words: list[str], board: screen.Board) -> int:
+    """One `dvc repro`, shown on the board and logged; returns its exit status after telling why it failed."""
+    tail: collections.deque[str] = collections.deque(maxlen=_TAIL)
+    path = folder / LOG
+    path.parent.mkdir(exist_ok=True)
+    repro = Repro(folder, words)
+    failed: list[str] = []
+    with storage.explained(path), open(path, "a", encoding="utf-8") as log:
+
+        def on_event(event: Event) -> None:
+            if event.kind == "running":
+                tail.clear()
+                board.start(event.stage)
+            elif event.kind == "line":
+                tail.append(event.text)
+                board.line(event.stage, event.text)
+            elif event.kind == "failed":
+                failed.append(event.stage)
+                board.failed(event.stage, repro.exit_code)
+            else:
+                {"unchanged": board.skipped, "restored": board.restored, "done": board.done, "tick": board.tick}[
+                    event.kind
+                ](event.stage)
+            if event.text:
+                log.write(event.text + "\n")
+
+        try:
+            code = repro.run(on_event, tick_s=0.1 if board.live else 0.0)
+        finally:
+            board.end()
+    if code:
+        _explain(code, failed, list(tail) if board.live else [], repro.errors, repro)
+    return code
+
+
+def _explain(code: int, failed: list[str], tail: list[str], errors: list[str], repro: Repro) -> None:
+    paint = screen.Paint(sys.stderr)
+    say = sys.stderr.write
+    sys.stdout.flush()
+    if repro.interrupted:
+        say(
+            "\nstopped; what is complete is kept, and a checkpoint where there is one\n  fix: the same command goes on\n"
+        )
+        return
+    for line in tail:
+        say(f"  {paint('|', 'dim')} {line}\n")
+    for line in errors:
+        say(f"error: dvc: {line}\n")
+    if any("lock" in line for line in errors):
+        say("  fix: another `millrace run` or dvc command works in this folder; wait for it to end\n")
+    if failed:
+        meaning = EXIT_CODES.get(code, f"ended by signal {code - 128}" if code > 128 else "failed")
+        say(f"\n{paint(f'stage {failed[0]} ended with exit code {code}', 'bold', 'red')}: {meaning}\n")
+        say(f"  its output: {LOG}; after the fix, the same command goes on where it stopped\n")
+
+
+def champion_is_gone(params: Params) -> bool:
+    """Whether the last run promoted into a local registry that has no champion any more: DVC does not see that."""
+    uri = params.promote.registry
+    verdict = screen.read_json(Path(OUT) / "promotion" / "promotion.json")
+    if not verdict or storage.is_remote(uri) or verdict.get("registry") != uri:
+        return False
+    from trainer.registry import Registry
+
+    return bool(verdict.get("champion")) and Registry(uri).champion(params.promote.model) is None
+
+
+def _model_of_new_source(folder: Path, overrides: list[str]) -> list[str]:
+    """`promote.model=NAME` when the data becomes other data and no name is given.
+
+    A champion is only beaten on its own test set; a model of other data with other labels is another model.
+    """
+    values = dict(parse_override(word) for word in overrides)
+    source = str(values.get("data.source", ""))
+    before = (read_tree(folder / project.PARAMS).get("data") or {}).get("source")
+    if not source or source == before or "promote.model" in values:
+        return []
+    stem = Path(source.rstrip("/")).stem.removeprefix("builtin:").lower()
+    name = re.sub(r"[^a-z0-9]+", "-", stem).strip("-")[:63].strip("-")
+    return [f"promote.model={name or 'default'}"]
