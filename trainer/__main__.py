@@ -7,6 +7,7 @@ python -m trainer STAGE --executor-input '{{$}}'          # inside Kubeflow Pipe
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -14,8 +15,20 @@ import traceback
 from collections.abc import Sequence
 
 from trainer import __version__, log
-from trainer.errors import EXIT_CODES, EXIT_FAILURE, EXIT_OK, ConfigError, GateRefused, MillraceError
+from trainer.config.names import nearest
+from trainer.errors import EXIT_CODES, EXIT_FAILURE, EXIT_OK, ConfigError, GateRefused, MillraceError, redact
 from trainer.stage import STAGES, Stage, execute
+
+OPTIONS = (
+    "--params",
+    "--in",
+    "--out",
+    "--scratch",
+    "--executor-input",
+    "--log-format",
+    "--print-config",
+    "--allow-refusal",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -106,8 +119,11 @@ def _run_stage(args: argparse.Namespace) -> int:
     if args.executor_input:
         from trainer import executor
 
-        return executor.run(args.stage, args.executor_input, args.overrides)
-    params = load(args.params, args.overrides)
+        if not args.print_config:
+            return executor.run(args.stage, args.executor_input, args.overrides, args.scratch)
+        params = executor.parameters(args.executor_input, args.overrides)
+    else:
+        params = load(args.params, args.overrides)
     if args.print_config:
         print(dump(params), end="")
         return EXIT_OK
@@ -118,27 +134,41 @@ def _run_stage(args: argparse.Namespace) -> int:
 def report_error(error: BaseException) -> int:
     """Print an error for a person, or as a JSON object, on stderr; returns its exit status."""
     if isinstance(error, MillraceError):
-        if log.is_json():
-            log.say("error", error=error.message, fix=error.hint, exit_code=error.exit_code)
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    traceback.print_exception(error)
-    print(
-        f"error: {type(error).__name__}: {error}\n  fix: this is a bug or the machine; see the traceback",
-        file=sys.stderr,
-    )
-    return EXIT_FAILURE
+        message, fix, status, text = error.message, error.hint, error.exit_code, str(error)
+    else:
+        message, fix = redact(f"{type(error).__name__}: {error}"), "this is a bug or the machine; see the traceback"
+        status, text = EXIT_FAILURE, f"{message}\n  fix: {fix}"
+        print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+    if log.is_json():
+        print(json.dumps({"message": "error", "error": message, "fix": fix, "exit_code": status}), file=sys.stderr)
+    else:
+        print(f"error: {text}", file=sys.stderr)
+    return status
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; overrides may stand anywhere among the options."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if options := [word for word in rest if word.startswith("-") or "=" not in word]:
+        parser.error(f"unrecognized arguments: {' '.join(options)}; {nearest(options[0], OPTIONS)}")
+    args.overrides += rest
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status that `trainer.errors` lists."""
-    args = build_parser().parse_args(argv)
-    log.configure(args.log_format)
     try:
-        return run_stage(args)
+        try:
+            args = parse_args(argv)
+            log.configure(args.log_format)
+            return run_stage(args)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:
+        # Whoever read our output has gone; the flush at exit must not complain about it once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as error:

@@ -6,10 +6,13 @@ Rows of data and secrets are never passed to these functions.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from types import TracebackType
 from typing import Any, Self
+
+from trainer.errors import redact
 
 _format = "text"
 
@@ -28,10 +31,16 @@ def is_json() -> bool:
 def say(message: str, **fields: Any) -> None:
     """Print one line; the fields follow as name=value (which Katib reads), or as keys of the JSON object."""
     if _format == "json":
-        line = json.dumps({"time": round(time.time(), 3), "message": message, **fields}, default=str)
+        fields = {name: value if _is_json(value) else str(value) for name, value in fields.items()}
+        line = json.dumps({"time": round(time.time(), 3), "message": redact(message), **fields}, default=str)
     else:
-        line = " ".join([message, *(f"{name}={_show(value)}" for name, value in fields.items())]).strip()
+        line = redact(" ".join([message, *(f"{name}={_show(value)}" for name, value in fields.items())]).strip())
     print(line, flush=True)
+
+
+def _is_json(value: Any) -> bool:
+    """Whether JSON has the value: it has neither NaN nor infinity."""
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _show(value: Any) -> str:

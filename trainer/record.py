@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import os
 import platform
 import resource
 import subprocess
@@ -15,6 +17,7 @@ from typing import Any
 
 from trainer import __version__
 from trainer.artifacts.manifest import Manifest
+from trainer.errors import redact
 
 PACKAGES = ("torch", "numpy", "tokenizers", "daft", "pyarrow", "optuna", "onnxruntime", "torchao", "scikit-learn")
 
@@ -41,10 +44,10 @@ def make_record(
     """A JSON object with resolved parameters, digests of inputs, versions, times, memory and host kind."""
     return {
         "stage": stage,
-        "params": dict(sections),
+        "params": without_secrets(dict(sections)),
         "inputs": {port: found.digest for port, found in inputs.items()},
         "data_version": data_version(inputs),
-        "metrics": dict(metrics),
+        "metrics": {name: value if math.isfinite(value) else None for name, value in metrics.items()},
         "git_commit": git_commit(),
         "versions": versions(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock.started)),
@@ -52,6 +55,15 @@ def make_record(
         "peak_memory_bytes": peak_memory(),
         "host": host(),
     }
+
+
+def without_secrets(value: Any) -> Any:
+    """A copy of plain values without the passwords and signatures of the URIs in them."""
+    if isinstance(value, Mapping):
+        return {key: without_secrets(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_secrets(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def data_version(inputs: Mapping[str, Manifest]) -> str:
@@ -102,8 +114,6 @@ def peak_memory() -> int:
 @functools.cache
 def host() -> dict[str, Any]:
     """Kind of the host: system, processor, cores and memory; never its name."""
-    import os
-
     info: dict[str, Any] = {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count()}
     try:
         cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8")

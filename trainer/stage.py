@@ -8,14 +8,15 @@ KFP components are typed from it, and the help of `python -m trainer` is printed
 from __future__ import annotations
 
 import hashlib
+import itertools
 import tempfile
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
-from trainer import plugins, storage
+from trainer import __version__, plugins, storage
 from trainer.artifacts import manifest
 from trainer.artifacts.publish import building
 from trainer.config import Params
@@ -177,6 +178,7 @@ def execute(
     _check_ports(stage, "--in", stage.inputs, inputs)
     _check_ports(stage, "--out", stage.outputs, outputs)
     clock = Clock()
+    _check_apart(inputs, outputs)
     with tempfile.TemporaryDirectory(prefix="millrace-") as temporary:
         cache = Path(temporary)
         local = {port: storage.fetch(uri, cache / "in" / port) for port, uri in inputs.items()}
@@ -185,7 +187,7 @@ def execute(
         targets = {port: _local_target(uri, cache / "out" / port) for port, uri in outputs.items()}
         place = storage.local_path(scratch) if scratch else _scratch_beside(next(iter(outputs.values())))
         working = place / f"{name}-{_fingerprint(name, sections, manifests)}"
-        with ExitStack() as stack, storage.explained(", ".join(outputs.values())):
+        with ExitStack() as stack, storage.explained(", ".join(outputs.values()), storage.UNWRITABLE):
             folders = {port: stack.enter_context(building(target)) for port, target in targets.items()}
             result: Result = plugins.load(stage.target)(Call(params, local, folders, working))
             for port, folder in folders.items():
@@ -195,14 +197,16 @@ def execute(
             if storage.is_remote(uri):
                 storage.send(targets[port], uri)
     storage.remove(working)
+    with suppress(OSError):
+        place.rmdir()  # if no other stage has left something there
     if result.gate_reason:
-        raise GateRefused(result.gate_reason)
+        raise GateRefused(result.gate_reason, metrics=result.metrics)
     return result
 
 
 def _fingerprint(name: str, sections: Mapping[str, Any], manifests: Mapping[str, manifest.Manifest]) -> str:
     digests = {port: found.digest for port, found in manifests.items()}
-    return hashlib.sha256(manifest.canonical([name, sections, digests])).hexdigest()[:12]
+    return hashlib.sha256(manifest.canonical([__version__, name, sections, digests])).hexdigest()[:12]
 
 
 def _local_target(uri: str, cache: Path) -> Path:
@@ -223,3 +227,17 @@ def _check_ports(stage: Stage, flag: str, ports: Mapping[str, Port], given: Mapp
     for port, spec in ports.items():
         if port not in given and not spec.optional:
             raise ConfigError(f"{stage.name}: {flag} {port}=URI is missing ({spec.help})", f"add {flag} {port}=PATH")
+
+
+def _check_apart(inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
+    """An output replaces its whole folder, so it must be neither in, nor around, another output or an input."""
+    flags = {**{f"--in {port}": uri for port, uri in inputs.items()}, **{f"--out {p}": u for p, u in outputs.items()}}
+    places = {flag: _place(uri) for flag, uri in flags.items()}
+    for first, second in itertools.combinations(places, 2):
+        a, b = places[first], places[second]
+        if second.startswith("--out") and (a.is_relative_to(b) or b.is_relative_to(a)):
+            raise ConfigError(f"{second}={flags[second]} overlaps {first}={flags[first]}", "choose another folder")
+
+
+def _place(uri: str) -> PurePath:
+    return PurePosixPath(uri.rstrip("/")) if storage.is_remote(uri) else storage.local_path(uri).resolve()

@@ -9,12 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from trainer.errors import StorageError
+from trainer.errors import MillraceError, StorageError
 
 MANIFEST = "manifest.json"
 
@@ -24,6 +24,7 @@ _EXTRAS = {
     "abfs": "pip install adlfs",
     "az": "pip install adlfs",
 }
+_BUCKETS = ("s3", "s3a", "gs", "gcs")
 _FIXES = {
     errno.ENOSPC: "free some space, or write elsewhere",
     errno.EDQUOT: "free some space, or write elsewhere",
@@ -33,7 +34,13 @@ _FIXES = {
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "a file stands where a folder is needed; check the path",
     errno.EISDIR: "a folder stands where a file is needed; check the path",
+    errno.ENAMETOOLONG: "use shorter names",
+    errno.EFBIG: "write to a file system that takes files of this size",
 }
+# What only whoever runs the stage can mend; any other error inside a stage is a bug, which deserves its traceback.
+UNWRITABLE = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENAMETOOLONG}
+)
 
 
 def is_remote(uri: str) -> bool:
@@ -50,33 +57,55 @@ def local_path(uri: str | Path) -> Path:
     text = str(uri)
     if is_remote(text):
         raise StorageError(f"{text}: not a local path", "use a path of this machine")
-    return Path(text.removeprefix("file://")).expanduser()
+    if "\0" in text:
+        raise StorageError(f"{text!r}: not a path", "remove the NUL character")
+    try:
+        return Path(text.removeprefix("file://")).expanduser()
+    except RuntimeError:
+        raise StorageError(f"{text}: no home folder of that user", "write the whole path") from None
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
     """The fsspec file system of a URI, and the path inside it."""
     import fsspec
 
-    protocol = uri.split("://")[0]
+    protocol, _, rest = uri.partition("://")
+    if protocol in _BUCKETS and {":", "@"} & set(rest.partition("/")[0]):
+        message = f"{protocol}://***: a URI must not hold credentials"
+        raise StorageError(message, "give them in the environment, for example AWS_ACCESS_KEY_ID, or in a profile")
     try:
         fs, path = fsspec.core.url_to_fs(uri)
     except (ImportError, ValueError) as error:
         raise StorageError(f"{uri}: {error}", _EXTRAS.get(protocol, "use a path, s3://, gs:// or abfs://")) from None
+    # Listings are cached per process, and other processes write to the store as well.
+    fs.invalidate_cache()
     return fs, str(path)
 
 
 @contextmanager
-def explained(uri: str | Path) -> Iterator[None]:
-    """Turn the operating system's and the object store's errors into a StorageError that names the URI and the fix."""
+def explained(uri: str | Path, only: Collection[int] = ()) -> Iterator[None]:
+    """Turn the operating system's and the object store's errors into a StorageError that names the URI and the fix.
+
+    Args:
+        uri: what is read or written.
+        only: error numbers to turn; by default all, and for remote URIs the errors of their drivers as well.
+    """
     try:
         yield
-    except StorageError:
+    except (MillraceError, BrokenPipeError):
         raise
     except OSError as error:
+        if only and error.errno not in only:
+            raise
         reason = error.strerror or str(error) or type(error).__name__
-        raise StorageError(
-            f"{error.filename or uri}: {reason}", _FIXES.get(error.errno or 0, "check the path")
-        ) from error
+        place = error.filename if isinstance(error.filename, (str, Path)) else uri
+        raise StorageError(f"{place}: {reason}", _FIXES.get(error.errno or 0, "check the path")) from error
+    except Exception as error:
+        # No credentials, no such host, an invalid bucket name: each driver has classes of its own for these.
+        if only or not is_remote(str(uri)) or isinstance(error, (AssertionError, TypeError, AttributeError)):
+            raise
+        message = f"{uri}: {type(error).__name__}: {' '.join(str(error).split())}"
+        raise StorageError(message, "check the URI, the network and the credentials") from error
 
 
 def exists(uri: str) -> bool:
@@ -100,15 +129,25 @@ def fetch(uri: str, cache: Path) -> Path:
             raise StorageError(f"{uri}: no such file or folder", "run the stage that makes it, or correct the path")
         return path
     fs, source = filesystem(uri)
-    target = cache / PurePosixPath(source.rstrip("/")).name
+    source = source.rstrip("/")
+    target = cache / (PurePosixPath(source).name or "root")
     with explained(uri):
         if not fs.exists(source):
             raise StorageError(f"{uri}: nothing there", "check the URI and the credentials")
         target.parent.mkdir(parents=True, exist_ok=True)
-        if fs.isdir(source):
-            fs.get(source.rstrip("/") + "/", str(target) + "/", recursive=True)
-        else:
-            fs.get(source, str(target))
+        if not fs.isdir(source):
+            fs.get_file(source, str(target))
+            return target
+        keys = [str(key) for key in fs.find(source) if not str(key).endswith("/")]  # such keys stand for folders
+        names = {key: key.removeprefix(source).lstrip("/") for key in keys}
+        for name in names.values():
+            # Keys of object stores may hold anything, and this is about to become a path.
+            if not name or ".." in PurePosixPath(name).parts or "\0" in name:
+                raise StorageError(
+                    f"{uri}: key {name!r} leads out of the folder", "do not use it: it was tampered with"
+                )
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+        fs.get(list(names), [str(target / name) for name in names.values()])
     return target
 
 

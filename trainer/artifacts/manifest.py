@@ -61,6 +61,10 @@ def _digest(kind: str, meta: dict[str, Any], files: Iterable[File]) -> str:
     return hashlib.sha256(canonical([kind, meta, content])).hexdigest()
 
 
+def _serialise(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False).encode()
+
+
 def seal(
     folder: Path, kind: str, meta: dict[str, Any], record: dict[str, Any], volatile: Collection[str] = ()
 ) -> Manifest:
@@ -97,7 +101,7 @@ def seal(
     body["seal"] = hashlib.sha256(canonical(body)).hexdigest()
     for each in folders:
         sync_folder(each)
-    write_atomic(folder / MANIFEST, json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False).encode())
+    write_atomic(folder / MANIFEST, _serialise(body))
     return Manifest(kind, str(body["digest"]), tuple(files), meta, record)
 
 
@@ -110,13 +114,16 @@ def read(folder: str | Path, kind: str = "", *, verify: bool = True) -> Manifest
     folder = Path(folder)
     path = folder / MANIFEST
     rebuild = "run the stage that makes it again"
-    if not path.is_file():
-        raise ArtifactError(f"{folder}: not a complete artifact (no {MANIFEST})", rebuild)
+    with explained(path):
+        if not path.is_file() or path.is_symlink():
+            raise ArtifactError(f"{folder}: not a complete artifact (no {MANIFEST})", rebuild)
+        content = path.read_bytes()
     try:
-        with explained(path):
-            body = json.loads(path.read_bytes())
+        body = json.loads(content)
+        # The same JSON can be written in other bytes (1E5 for 1e5): those were not written by us.
+        intact = _serialise(body) == content
         expected = body.pop("seal")
-        intact = hashlib.sha256(canonical(body)).hexdigest() == expected
+        intact = intact and hashlib.sha256(canonical(body)).hexdigest() == expected
         manifest = Manifest(
             body["kind"], body["digest"], tuple(File(**file) for file in body["files"]), body["meta"], body["record"]
         )
@@ -139,13 +146,14 @@ def _verify(folder: Path, manifest: Manifest, rebuild: str) -> None:
         path = safe_path(folder, file.path)
         if not path.is_file() or path.is_symlink():
             raise ArtifactError(f"{path}: missing", rebuild)
-        if path.stat().st_size != file.bytes or sha256_file(path) != file.sha256:
-            raise ArtifactError(f"{path}: corrupted, its content does not match its digest", rebuild)
+        with explained(path):
+            if path.stat().st_size != file.bytes or sha256_file(path) != file.sha256:
+                raise ArtifactError(f"{path}: corrupted, its content does not match its digest", rebuild)
     if _digest(manifest.kind, manifest.meta, manifest.files) != manifest.digest:
         raise ArtifactError(f"{folder}: corrupted, its digest does not match its files", rebuild)
     known = {file.path for file in manifest.files} | {MANIFEST}
     for path in folder.rglob("*"):
-        if path.is_file() and path.relative_to(folder).as_posix() not in known:
+        if (path.is_symlink() or not path.is_dir()) and path.relative_to(folder).as_posix() not in known:
             raise ArtifactError(f"{path}: not in the manifest", f"remove it, or {rebuild}")
 
 
