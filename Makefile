@@ -1,0 +1,86 @@
+# `make` prints the targets. Set-up is part of them: nothing to do before `make run` or `make test`.
+VENV ?= .venv
+JOBS ?= 2
+ARGS ?=
+
+# The first Python that is new enough; `make PYTHON=/path/to/python run` chooses another.
+ifndef PYTHON
+PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+endif
+BIN := $(VENV)/bin
+
+# Stamps carry a hash of the lock and of this folder, so that a change of either sets up again.
+stamp = $(VENV)/.$(1)-$(shell $(PYTHON) -c "import hashlib, os; print(hashlib.sha256(open('requirements/$(1).txt', 'rb').read() + open('pyproject.toml', 'rb').read() + os.getcwd().encode()).hexdigest()[:12])" 2>/dev/null)
+RUN := $(call stamp,run)
+DEV := $(call stamp,dev)
+BENCH := $(call stamp,bench)
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint bench fault e2e docs lock clean setup
+
+help: ## print the targets
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: $(RUN) ## raw data in, a promoted model out, with a report; ARGS="train.lr=1e-3" sets parameters
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/millrace run $(ARGS)
+
+test: $(DEV) ## the tests, in under 8 minutes on 2 cores; ARGS="-k name" chooses
+	@$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+
+lint: $(DEV) ## format, lint, types, and that generated files are up to date
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pipelines.dvcfile --check
+	@$(BIN)/python -m pipelines.docs --check
+
+bench: $(BENCH) ## the numbers of the README, each beside its peer
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python $$file; done
+
+fault: $(DEV) ## kills, corruption, full disks: the long versions too
+	@$(BIN)/python -m pytest -n $(JOBS) -m fault $(ARGS)
+
+e2e: $(DEV) ## the slow tests: whole presets, the network unplugged
+	@$(BIN)/python -m pytest -m "slow and not fault" $(ARGS)
+
+docs: $(DEV) ## regenerate dvc.yaml and the generated pages of docs/
+	@$(BIN)/python -m pipelines.dvcfile
+	@$(BIN)/python -m pipelines.docs
+
+lock: ## resolve requirements/*.txt again (needs uv)
+	@uv pip compile $(LOCK) pyproject.toml --extra laptop -o requirements/run.txt
+	@uv pip compile $(LOCK) pyproject.toml --extra laptop --group dev -c requirements/run.txt -o requirements/dev.txt
+	@uv pip compile $(LOCK) pyproject.toml --extra laptop --group dev --group bench -c requirements/dev.txt -o requirements/bench.txt
+
+LOCK := --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command "make lock"
+
+clean: ## remove what the pipeline made; the registry and the environment stay
+	@rm -rf out data/raw dvc_plots .dvc/tmp .dvc/cache build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+setup: $(DEV) ## only set up the environment
+
+# $(1): the lock to install.
+define install
+	@$(if $(PYTHON),,echo "error: Python 3.11 or newer is needed" >&2; \
+	echo "  fix: install one, or name it: make PYTHON=/path/to/python3.12 run" >&2; exit 2)
+	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); } || { rm -rf $(VENV); \
+	echo "error: $(PYTHON) cannot make a virtual environment" >&2; \
+	echo "  fix: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 2; }
+	@echo "installing requirements/$(1).txt into $(VENV) (once; minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/$(1).txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+endef
+
+$(RUN):
+	$(call install,run)
+	@touch $@
+
+# What tests and benchmarks need holds what a run needs.
+$(DEV):
+	$(call install,dev)
+	@touch $@ $(RUN)
+
+$(BENCH):
+	$(call install,bench)
+	@touch $@ $(DEV) $(RUN)
