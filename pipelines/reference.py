@@ -30,7 +30,7 @@ class Key:
     help: str
 
 
-def keys(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[Key]:
+def parameters(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[Key]:
     """All parameters of a section, in the order of the schema; `model` and `distill.student` once for each family."""
     for name, field in model.model_fields.items():
         path = f"{prefix}{name}"
@@ -38,17 +38,17 @@ def keys(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[Key]:
             default = field.get_default(call_default_factory=True)
             yield Key(f"{path}.name", "string", f"one of {', '.join(FAMILIES)}", default.name, "The model family.")
             if path == "model":
-                for family, (parameters, _, _) in FAMILIES.items():
-                    for key in keys(parameters, f"{path}."):
+                for family, (section, _, _) in FAMILIES.items():
+                    for key in parameters(section, f"{path}."):
                         if key.path != f"{path}.name":
                             yield Key(f"{key.path} ({family})", key.type, key.bounds, key.default, key.help)
             else:
                 yield Key(f"{path}.*", "", "", "", "The parameters of its family, as in the section `model`.")
-        elif section := _section(field.annotation):
-            yield from keys(section, f"{path}.")
+        elif inner := _section(field.annotation):
+            yield from parameters(inner, f"{path}.")
         elif item := _mapping_of_sections(field.annotation):
             yield Key(path, "mapping", "", show(_default(field)), field.description or "")
-            yield from keys(item, f"{path}.KEY.")
+            yield from parameters(item, f"{path}.KEY.")
         else:
             yield Key(path, type_name(field.annotation), bounds(field), show(_default(field)), field.description or "")
 
@@ -122,7 +122,7 @@ def schema() -> str:
 def table() -> str:
     """Every key with type, bounds, default and help, for a terminal."""
     lines = []
-    for key in keys():
+    for key in parameters():
         given = ", ".join(part for part in (key.type, key.bounds) if part)
         default = f" = {key.default}" if key.default != "" else ""
         lines += [f"{key.path}{default}", f"    {given + '. ' if given else ''}{key.help}"]
