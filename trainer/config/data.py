@@ -12,7 +12,7 @@ from trainer.config.base import Section, no_bool
 def known_encoding(name: str) -> str:
     """A validator that accepts only names of character encodings."""
     try:
-        b"".decode(name)
+        "a".encode(name)
     except (LookupError, ValueError):
         raise ValueError(f"{name[:40]!r} is not a character encoding; for example utf-8 or latin-1") from None
     return name

@@ -134,6 +134,10 @@ class Prune(Section):
     """Steps between prunings."""
     epochs: int = Field(default=1, ge=1)
     """Epochs of fine-tuning while pruning."""
+    lr: float = Field(default=0.0, ge=0.0)
+    """Peak rate of the fine-tuning; 0 takes a tenth of train.lr."""
+    scope: Literal["global", "tensor"] = "global"
+    """`global` prunes the smallest weights of all matrices together, `tensor` of each matrix by itself."""
 
     @model_validator(mode="after")
     def _order(self) -> Self:
