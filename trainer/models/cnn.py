@@ -1,0 +1,56 @@
+"""Small residual convolutional network for pictures (He et al. 2016), with batch norm and average pooling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from trainer.artifacts.dataset import Spec
+from trainer.config import model as families
+
+
+def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs))
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions around a shortcut; `stride` 2 halves the picture."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = _conv(inputs, outputs, stride)
+        self.conv2 = _conv(outputs, outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, inputs, height, width) -> (batch, outputs, height / stride, width / stride)."""
+        return torch.relu(self.conv2(torch.relu(self.conv1(x))) + self.shortcut(x))
+
+
+class CNN(nn.Module):
+    """images (batch, channels, height, width) in 0..1 -> logits (batch, labels)."""
+
+    def __init__(self, config: families.CNN, spec: Spec) -> None:
+        super().__init__()
+        width = config.width
+        self.stem = nn.Sequential(_conv(spec.image_channels, width), nn.ReLU())
+        blocks: list[nn.Module] = []
+        for _ in range(config.stages):
+            blocks += [Block(width, width, 1), Block(width, 2 * width, 2)]
+            width *= 2
+        self.blocks = nn.Sequential(*blocks)
+        self.dropout = nn.Dropout(config.dropout)
+        self.output = nn.Linear(width, spec.num_labels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images float32 (batch, channels, height, width) in 0..1 to logits (batch, labels)."""
+        features = self.blocks(self.stem(images * 2 - 1)).mean(dim=(2, 3))
+        logits: Tensor = self.output(self.dropout(features))
+        return logits
+
+
+def build(config: families.CNN, spec: Spec) -> nn.Module:
+    """A model for `spec.image_channels` channels and `spec.num_labels` labels."""
+    return CNN(config, spec)

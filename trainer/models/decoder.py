@@ -1,0 +1,102 @@
+"""Decoder language model in the shape of Llama (Touvron et al. 2023).
+
+Rotary positions (Su et al. 2021), RMSNorm before each branch (Zhang and Sennrich 2019), grouped-query attention
+(Ainslie et al. 2023), SwiGLU (Shazeer 2020), and the token embedding as output layer (Press and Wolf 2017).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
+
+from trainer.artifacts.dataset import Spec
+from trainer.config.model import Decoder as Config
+
+
+def rotary(length: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (length, width / 2) of the rotary angles."""
+    frequency = theta ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
+    angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency[None, :]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the halves of each head (batch, heads, length, width) by their position's angles."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
+
+
+class Block(nn.Module):
+    """Causal grouped-query attention and SwiGLU, each a residual branch."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.heads, config.kv_heads
+        self.width = config.dim // config.heads
+        self.norm1 = nn.RMSNorm(config.dim, eps=1e-6)
+        self.query = nn.Linear(config.dim, config.dim, bias=False)
+        self.key = nn.Linear(config.dim, config.kv_heads * self.width, bias=False)
+        self.value = nn.Linear(config.dim, config.kv_heads * self.width, bias=False)
+        self.proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.norm2 = nn.RMSNorm(config.dim, eps=1e-6)
+        self.gate = nn.Linear(config.dim, config.ff, bias=False)
+        self.up = nn.Linear(config.dim, config.ff, bias=False)
+        self.down = nn.Linear(config.ff, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Map (batch, length, dim) to the same shape."""
+        x = x + self.dropout(self.attend(self.norm1(x), cos, sin))
+        normed = self.norm2(x)
+        return x + self.dropout(self.down(silu(self.gate(normed)) * self.up(normed)))
+
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Causal self-attention; each key and value head serves heads / kv_heads query heads."""
+        batch, length, dim = x.shape
+        query = self.query(x).view(batch, length, self.heads, self.width).transpose(1, 2)
+        key = self.key(x).view(batch, length, self.kv_heads, self.width).transpose(1, 2)
+        value = self.value(x).view(batch, length, self.kv_heads, self.width).transpose(1, 2)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        group = self.heads // self.kv_heads
+        if group > 1:
+            key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+        attended = scaled_dot_product_attention(query, key, value, is_causal=True)
+        out: Tensor = self.proj(attended.transpose(1, 2).reshape(batch, length, dim))
+        return out
+
+
+class Decoder(nn.Module):
+    """tokens (batch, length) -> logits of the next token (batch, length, vocabulary)."""
+
+    def __init__(self, config: Config, vocab_size: int) -> None:
+        super().__init__()
+        self.theta = config.rope_theta
+        self.width = config.dim // config.heads
+        self.embedding = nn.Embedding(vocab_size, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.output = None if config.tie_embeddings else nn.Linear(config.dim, vocab_size, bias=False)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                # Residual branches shrink with the depth, so that the stream's variance does not grow (GPT-2).
+                deep = name.endswith(("proj.weight", "down.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.layers) if deep else 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens int64 (batch, length) to logits (batch, length, vocabulary); place t predicts token t + 1."""
+        cos, sin = rotary(tokens.shape[1], self.width, self.theta, tokens.device)
+        x = self.dropout(self.embedding(tokens))
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        x = self.norm(x)
+        logits: Tensor = linear(x, self.embedding.weight) if self.output is None else self.output(x)
+        return logits
+
+
+def build(config: Config, spec: Spec) -> nn.Module:
+    """A model for `spec.vocab_size` tokens; its length is bounded by memory only."""
+    return Decoder(config, spec.vocab_size)

@@ -1,0 +1,158 @@
+"""The ranks that train together, as one small object: collectives in a process group, nothing at all in one process.
+
+The loop calls the same methods either way, so it holds no `if distributed`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# Gradients are summed in flat pieces of about this many bytes: few collectives, bounded extra memory.
+BUCKET_BYTES = 25 << 20
+
+
+class Ranks:
+    """One process, alone: every collective is the identity."""
+
+    rank = 0
+    size = 1
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum a small tensor over the ranks; every rank gets the same bits."""
+        return values
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum the gradients over the ranks, in place; a missing gradient counts as zero."""
+
+    def same_parameters(self, model: nn.Module) -> None:
+        """Give every rank the parameters and buffers of rank 0."""
+
+    def same_buffers(self, model: nn.Module) -> None:
+        """Give every rank the buffers (running means and the like) of rank 0."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """The plain value of each rank, by rank, on every rank."""
+        return [value]
+
+    def from_first(self, value: Any) -> Any:
+        """The plain value of rank 0, on every rank."""
+        return value
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+
+
+class Group(Ranks):
+    """The ranks of the process group that torch.distributed has."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        self.device = device
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum a small tensor over the ranks; every rank gets the same bits."""
+        moved = values.to(self.device, copy=True)
+        dist.all_reduce(moved)
+        return moved.to(values.device)
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum the gradients over the ranks, in place; a missing gradient counts as zero."""
+        for bucket in _buckets(parameters):
+            for parameter in bucket:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            dist.all_reduce(flat)
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def same_parameters(self, model: nn.Module) -> None:
+        """Give every rank the parameters and buffers of rank 0."""
+        with torch.no_grad():
+            for parameter in model.parameters():
+                dist.broadcast(parameter, 0)
+        self.same_buffers(model)
+
+    def same_buffers(self, model: nn.Module) -> None:
+        """Give every rank the buffers (running means and the like) of rank 0."""
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The plain value of each rank, by rank, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """The plain value of rank 0, on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, 0)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        dist.barrier()
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters in their order, in groups of one type and of about BUCKET_BYTES."""
+    bucket: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        if bucket and (size >= BUCKET_BYTES or parameter.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += parameter.numel() * parameter.element_size()
+    if bucket:
+        yield bucket
+
+
+def current(device: torch.device) -> Ranks:
+    """The ranks of the process group if there is one, else this process alone."""
+    return Group(device) if dist.is_available() and dist.is_initialized() else Ranks()
+
+
+@contextmanager
+def process_group(backend: str, timeout_s: float, device: torch.device) -> Iterator[None]:
+    """Join the process group that torchrun's variables describe; leave it at the end.
+
+    torchrun's own store outlives an attempt, and ranks of the next attempt would read the dead one's addresses there.
+    So each attempt has a prefix of its own in the store.
+
+    Args:
+        backend: gloo, nccl or auto (nccl on GPUs).
+        timeout_s: a collective that takes longer fails.
+        device: this rank's device.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    timeout = timedelta(seconds=timeout_s)
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size=size,
+        is_master=rank == 0 and not hosted,
+        timeout=timeout,
+        wait_for_workers=False,
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    chosen = backend if backend != "auto" else "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        chosen, store=dist.PrefixStore(f"millrace/attempt{attempt}", store), rank=rank, world_size=size, timeout=timeout
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,258 @@
+"""Checkpoints of a run: torch DCP shards under our manifest, complete or not there at all.
+
+    SCRATCH/step-000000100/{__0_0.distcp, .metadata, state.json, rng-0000.json, manifest.json}
+
+A checkpoint is written to a temporary folder, sealed with the sha256 of each file, made durable and renamed. When one
+is read, the digests are checked first: DCP itself checks no bytes, and its `.metadata` is a pickle. That pickle is
+read by an unpickler that knows DCP's own classes only. What does not pass is reported, put aside as `bad-…` and
+passed over for the one before it.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from trainer import log, storage
+from trainer.artifacts import manifest
+from trainer.errors import ArtifactError, MillraceError, StorageError
+from trainer.parallel.group import Ranks
+
+KIND = "checkpoint"
+STATE = "state.json"
+# Saving may take at most this share of the time; a preemption's save is exempt.
+SHARE = 0.02
+
+_SAFE = {
+    ("torch.distributed.checkpoint.metadata", "*"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+}
+
+
+class Checkpoints:
+    """The checkpoints in a folder that all ranks see.
+
+    Args:
+        folder: the folder; None keeps nothing.
+        keep: complete checkpoints to keep.
+        ranks: the ranks that save and load together.
+        identity: what the run is; a checkpoint of another run is passed over.
+    """
+
+    def __init__(self, folder: Path | None, keep: int, ranks: Ranks, identity: str) -> None:
+        self.folder, self.keep, self.ranks, self.identity = folder, keep, ranks, identity
+        self._last_end = time.monotonic()
+        self._last_cost = 0.0
+        self._saved_step = -1
+
+    def due(self) -> bool:
+        """Whether enough time has passed that a save costs little; the same answer on every rank."""
+        if self.folder is None:
+            return False
+        return bool(self.ranks.from_first(time.monotonic() - self._last_end >= self._last_cost / SHARE))
+
+    def save(self, step: int, tree: dict[str, Any], rng: dict[str, Any]) -> None:
+        """Write a durable checkpoint, and remove those beyond `keep`.
+
+        Args:
+            step: optimizer steps done; names the checkpoint.
+            tree: nested dicts and lists of tensors and JSON values, equal on every rank.
+            rng: this rank's generators.
+
+        Raises:
+            StorageError: it could not be written; older checkpoints are untouched.
+        """
+        if self.folder is None or step == self._saved_step:
+            return
+        start = time.monotonic()
+        target = self.folder / f"step-{step:09d}"
+        temporary = self.folder / f".tmp-{target.name}"
+        plain, tensors = split(tree)
+        self._together(lambda: self._begin(temporary, plain, step))
+        rng_file = temporary / f"rng-{self.ranks.rank:04d}.json"
+        self._together(lambda: [storage.write_atomic(rng_file, json.dumps(rng).encode())], anywhere=True)
+        _save_tensors(temporary, tensors, self.ranks)
+        self._together(lambda: self._finish(temporary, target, step))
+        self._saved_step = step
+        self._last_end = time.monotonic()
+        self._last_cost = self._last_end - start
+
+    def load(self) -> tuple[dict[str, Any], dict[str, Any] | None] | None:
+        """The newest checkpoint that passes all checks: its tree, and this rank's generators if it had them."""
+        if self.folder is None:
+            return None
+        found = self._newest() if self.ranks.rank == 0 else None
+        found = self.ranks.from_first(found)
+        if found is None:
+            return None
+        place = self.folder / found
+        plain = json.loads((place / STATE).read_bytes())
+        tree = join(plain["tree"], _load_tensors(place))
+        self._saved_step = int(plain["step"])
+        self._last_end = time.monotonic()
+        rng = place / f"rng-{self.ranks.rank:04d}.json"
+        # Another number of ranks: the order of the data goes on, dropout starts anew.
+        same = plain["ranks"] == self.ranks.size and rng.is_file()
+        return tree, json.loads(rng.read_bytes()) if same else None
+
+    def _newest(self) -> str | None:
+        assert self.folder is not None
+        for stale in self.folder.glob(".tmp-*"):
+            storage.remove(stale)
+        for place in sorted(self.folder.glob("step-*"), reverse=True):
+            try:
+                check(place, self.identity)
+            except MillraceError as error:
+                log.say(f"checkpoint {place.name} passed over: {error.message}")
+                bad = place.with_name(f"bad-{place.name}")
+                storage.remove(bad)
+                place.rename(bad)
+                continue
+            log.say(f"resuming from checkpoint {place.name}")
+            return place.name
+        return None
+
+    def _begin(self, temporary: Path, plain: Any, step: int) -> None:
+        storage.remove(temporary)
+        temporary.mkdir(parents=True)
+        content = {"step": step, "ranks": self.ranks.size, "tree": plain}
+        (temporary / STATE).write_text(json.dumps(content), encoding="utf-8")
+
+    def _finish(self, temporary: Path, target: Path, step: int) -> None:
+        assert self.folder is not None
+        manifest.seal(temporary, KIND, {"identity": self.identity, "step": step}, {})
+        storage.remove(target)
+        temporary.rename(target)
+        storage.sync_folder(self.folder)
+        # The one just written is good, so older and broken ones may go.
+        for old in sorted(self.folder.glob("step-*"), reverse=True)[self.keep :]:
+            storage.remove(old)
+        for bad in self.folder.glob("bad-*"):
+            storage.remove(bad)
+
+    def _together(self, work: Any, *, anywhere: bool = False) -> None:
+        """Do something on rank 0 (or on each rank); an error there is raised on every rank."""
+        problem: tuple[str, str] | None = None
+        if anywhere or self.ranks.rank == 0:
+            try:
+                with storage.explained(str(self.folder)):
+                    work()
+            except MillraceError as error:
+                problem = (error.message, error.hint)
+        for found in self.ranks.gather(problem):
+            if found:
+                raise StorageError(f"checkpoint: {found[0]}", found[1])
+
+
+def check(place: Path, identity: str) -> None:
+    """Check the digests of a checkpoint and that it belongs to this run.
+
+    Raises:
+        ArtifactError: it is incomplete, corrupted, or another run's.
+    """
+    found = manifest.read(place, KIND)
+    if found.meta.get("identity") != identity:
+        raise ArtifactError(f"{place}: belongs to a run with other parameters", "remove it")
+
+
+def split(tree: Any, path: str = "", tensors: dict[str, Tensor] | None = None) -> tuple[Any, dict[str, Tensor]]:
+    """Divide nested dicts, lists and tuples into a JSON value and the tensors in it, by path."""
+    tensors = {} if tensors is None else tensors
+    if isinstance(tree, Tensor):
+        tensors[path] = tree.detach()
+        return {"tensor": path}, tensors
+    if isinstance(tree, dict):
+        # As pairs: the keys of an optimizer's state are numbers, which JSON objects cannot have.
+        return {"dict": [[key, split(value, f"{path}/{key}", tensors)[0]] for key, value in tree.items()]}, tensors
+    if isinstance(tree, (list, tuple)):
+        kind = "list" if isinstance(tree, list) else "tuple"
+        return {kind: [split(value, f"{path}/{i}", tensors)[0] for i, value in enumerate(tree)]}, tensors
+    if tree is None or isinstance(tree, (bool, int, float, str)):
+        return tree, tensors
+    raise TypeError(f"{path}: a {type(tree).__name__} cannot be kept in a checkpoint")
+
+
+def join(plain: Any, tensors: dict[str, Tensor]) -> Any:
+    """What `split` divided, whole again."""
+    if not isinstance(plain, dict):
+        return plain
+    ((kind, value),) = plain.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {key: join(item, tensors) for key, item in value}
+    items = [join(item, tensors) for item in value]
+    return items if kind == "list" else tuple(items)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DCP warns that a single process is a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
+        yield
+
+
+def _save_tensors(place: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
+    try:
+        with _quiet():
+            # Files are synced when they are sealed.
+            dcp.save(dict(tensors), storage_writer=FileSystemWriter(place, sync_files=False), no_dist=ranks.size == 1)
+    except dcp.CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        reason = getattr(first, "strerror", None) or str(first)
+        raise StorageError(f"checkpoint {place}: {reason}", "free some space, or use another --scratch") from error
+
+
+def _load_tensors(place: Path) -> dict[str, Tensor]:
+    reader = SafeReader(place)
+    tensors: dict[str, Tensor] = {}
+    for name, entry in reader.read_metadata().state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            raise ArtifactError(f"{place}: holds {name!r}, which is not a tensor", "remove this checkpoint")
+        tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    with _quiet():
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+class SafeReader(FileSystemReader):
+    """DCP's reader with an unpickler that knows DCP's own classes only."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The checkpoint's metadata.
+
+        Raises:
+            ArtifactError: the pickle names anything else.
+        """
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata: Metadata = _Unpickler(file).load()
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """Import a class of the list; a dtype is found by its name in torch."""
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if "." in name or not (is_dtype or {(module, name), (module, "*")} & _SAFE):
+            raise ArtifactError(f".metadata names {module}.{name}, which DCP does not write", "remove this checkpoint")
+        return super().find_class(module, name)

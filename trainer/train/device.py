@@ -1,0 +1,69 @@
+"""Device, CPU threads, deterministic kernels and precision of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+
+from trainer.config import Train
+from trainer.errors import ConfigError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose(name: str) -> torch.device:
+    """The device that `train.device` names; with several ranks on a host, each has its own GPU.
+
+    Raises:
+        ConfigError: cuda is asked for and there is none.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("train.device: cuda, but torch sees no GPU", "use train.device=auto")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def num_cores() -> int:
+    """Cores that this process may use: its affinity and its cgroup's quota, not the machine's count."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return cores
+
+
+@contextmanager
+def machine(train: Train) -> Iterator[torch.device]:
+    """Set threads and deterministic kernels as `train` says, give the device, and put all back at the end."""
+    threads = torch.get_num_threads()
+    strict = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.set_num_threads(train.threads or max(1, num_cores() // train.processes))
+    if train.deterministic:
+        # cuBLAS reads this when it starts; without it, deterministic mode refuses to multiply matrices.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield choose(train.device)
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(strict)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def autocast(train: Train, device: torch.device) -> AbstractContextManager[object]:
+    """Automatic mixed precision for a forward pass; nothing for fp32."""
+    if train.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, DTYPES[train.precision])

@@ -1,0 +1,99 @@
+"""Fit a model to a task: the function that every stage that trains calls."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from trainer.artifacts.manifest import canonical
+from trainer.config import Params
+from trainer.parallel import group
+from trainer.tasks.base import Task
+from trainer.train.checkpoint import Checkpoints
+from trainer.train.device import machine
+from trainer.train.loop import Loop, OnEval, OnStep
+from trainer.train.preempt import Preemption
+from trainer.train.state import seed_all
+
+# What does not change the run's losses: it may differ between a killed run and the one that resumes it.
+_FREE = {"processes", "threads", "checkpoint_every", "keep_checkpoints"}
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained model.
+
+    Attributes:
+        model: with the best weights by the task's metric, on the CPU, in evaluation mode.
+        history: rows {"step", "epoch", "lr", "train_loss", "grad_norm"} and {"step", "val_…"}.
+        metrics: of the validation split at `best_step`, names starting with `val_`.
+        steps: optimizer steps done.
+        best_step: the step of the weights.
+        seconds: wall time, of this process only if it resumed.
+    """
+
+    model: nn.Module
+    history: list[dict[str, Any]]
+    metrics: dict[str, float]
+    steps: int
+    best_step: int
+    seconds: float
+
+
+def fit(
+    params: Params,
+    task: Task,
+    model: nn.Module,
+    *,
+    scratch: Path | None = None,
+    on_eval: OnEval | None = None,
+    on_step: OnStep | None = None,
+    what: str = "train",
+) -> Fitted:
+    """Train `model` in place and give it back with its best weights.
+
+    In a process group (see `trainer.parallel.group`) all ranks call this together and return the same.
+
+    Args:
+        params: section `train` says how; the seed also orders the data.
+        task: batches, losses and metrics.
+        model: freshly built or pre-trained.
+        scratch: folder for checkpoints; a run killed there goes on from the newest. None keeps none.
+        on_eval: called after each evaluation with (step, metrics); what it raises ends the run.
+        on_step: called after each optimizer step with (step, steps in all, model).
+        what: the name that messages use.
+
+    Raises:
+        DivergedError: a loss or gradient was not finite.
+        Preempted: SIGTERM arrived; a checkpoint was written.
+        StorageError: a checkpoint could not be written.
+    """
+    start = time.monotonic()
+    with machine(params.train) as device, Preemption() as preemption:
+        ranks = group.current(device)
+        model.to(device).train()
+        ranks.same_parameters(model)
+        folder = scratch / what if scratch else None
+        checkpoints = Checkpoints(folder, params.train.keep_checkpoints, ranks, identity(params, task, model))
+        loop = Loop(params, task, model, ranks, device, checkpoints, preemption, what, on_eval, on_step)
+        seed_all(params.train.seed, ranks.rank)
+        loop.resume()
+        loop.run()
+        if loop.best:
+            model.load_state_dict(loop.best)
+        model.to("cpu").eval()
+    done = loop.progress
+    return Fitted(model, done.history, done.best_metrics, done.step, done.best_step, time.monotonic() - start)
+
+
+def identity(params: Params, task: Task, model: nn.Module) -> str:
+    """A digest of what fixes a run: parameters, data and the shape of the model."""
+    train = {key: value for key, value in params.train.model_dump(mode="json").items() if key not in _FREE}
+    shapes = {name: [str(value.dtype), list(value.shape)] for name, value in model.state_dict().items()}
+    data = [task.name, task.dataset.manifest.digest]
+    return hashlib.sha256(canonical([train, shapes, data])).hexdigest()

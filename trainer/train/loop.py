@@ -1,0 +1,290 @@
+"""The one training loop: CPU, GPU, torchrun and several nodes, whatever the task.
+
+Order of a step: fetch all micro-batches -> count units over all ranks -> forward and backward, each loss divided by
+that count -> sum gradients over the ranks -> finite check -> clip -> rate -> step -> hooks. Accumulation is exact:
+8 micro-batches of 1 give the gradient of 1 of 8, whatever their lengths, and so do 2 ranks of 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trainer import log
+from trainer.config import Params
+from trainer.errors import DivergedError, Preempted
+from trainer.parallel.group import Ranks
+from trainer.tasks.base import Batch, Task, to_device
+from trainer.train import optimizers, schedules
+from trainer.train.checkpoint import Checkpoints
+from trainer.train.device import autocast
+from trainer.train.preempt import Interrupted, Preemption
+from trainer.train.state import Progress, rng_state, set_rng_state
+
+# fp16: the loss scale doubles after this many good steps, and halves on an overflow (Micikevicius et al. 2018).
+GROW_EVERY = 2000
+SMALLEST_SCALE = 2.0**-14
+
+OnEval = Callable[[int, dict[str, float]], None]
+OnStep = Callable[[int, int, nn.Module], None]
+
+
+class Loop:
+    """A run: its model, optimizer, progress and hooks. `run` goes from wherever the state is to the end."""
+
+    def __init__(
+        self,
+        params: Params,
+        task: Task,
+        model: nn.Module,
+        ranks: Ranks,
+        device: torch.device,
+        checkpoints: Checkpoints,
+        preemption: Preemption,
+        what: str,
+        on_eval: OnEval | None,
+        on_step: OnStep | None,
+    ) -> None:
+        self.train = params.train
+        self.task, self.model, self.ranks, self.device = task, model, ranks, device
+        self.checkpoints, self.preemption = checkpoints, preemption
+        self.what, self.on_eval, self.on_step = what, on_eval, on_step
+        self.forward_model: nn.Module = torch.compile(model) if self.train.compile else model  # type: ignore[assignment]
+        self.optimizer = optimizers.build(model, self.train)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.progress = Progress()
+        self.best: dict[str, Tensor] = {}
+        self.block = self.train.batch_size * self.train.accumulation * ranks.size
+        self.steps_per_epoch = math.ceil(task.num_examples("train") / self.block)
+        self.total = self.train.max_steps or self.train.epochs * self.steps_per_epoch
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._shown = log.Progress(what, self.total)
+
+    # -- the run ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the end, from the state that `resume` has set or from the beginning."""
+        with self._shown:
+            while True:
+                if self._evaluation_due():
+                    self._evaluate()
+                if self.progress.step >= self.total or self.progress.stopped:
+                    return
+                self._step()
+                self._after_step()
+
+    def _step(self) -> None:
+        """One optimizer step."""
+        now = self.progress
+        batches, used = self._fetch()
+        counts = torch.tensor(
+            [sum(self.task.units(batch) for batch in batches), self.preemption.asked], dtype=torch.float64
+        )
+        units, preempted = self.ranks.sum(counts).tolist()
+        if preempted:
+            self._preempt()
+        loss, norm = self._gradients(batches, max(units, 1.0))
+        if self._finite(loss, norm):
+            self._update(norm)
+        now.step += 1
+        now.window_loss += loss
+        now.window_steps += 1
+        now.offset += used
+        if now.offset >= self.task.num_examples("train"):
+            now.epoch, now.offset, now.block = now.epoch + 1, 0, 0
+        self._log_step(norm / self._scale)
+
+    def _after_step(self) -> None:
+        """Hooks: the caller's, then the checkpoint."""
+        now = self.progress
+        if self.on_step:
+            self.on_step(now.step, self.total, self.model)
+        if now.step % self.train.checkpoint_every == 0 and now.step < self.total and self.checkpoints.due():
+            self.save()
+
+    # -- data -------------------------------------------------------------------------------------------------------
+
+    def _fetch(self) -> tuple[list[Batch], int]:
+        """This rank's micro-batches of the next step, and the examples that all ranks take together.
+
+        The cursor is (seed, epoch, offset): the order of an epoch does not depend on the number of ranks.
+        """
+        now = self.progress
+        now.block = now.block or self.block
+        if self._order[0] != now.epoch:
+            rng = np.random.default_rng([self.train.seed, now.epoch])
+            self._order = (now.epoch, self.task.order("train", rng, now.block))
+        index = self._order[1][now.offset : now.offset + self.block]
+        size = self.train.batch_size
+        batches = []
+        for start in range(self.ranks.rank * size, len(index), self.ranks.size * size):
+            batch = self.task.batch("train", index[start : start + size])
+            rng = np.random.default_rng([self.train.seed, now.epoch, now.offset + start])
+            batches.append(to_device(self.task.augment(batch, rng), self.device))
+        return batches, len(index)
+
+    # -- a step's parts ---------------------------------------------------------------------------------------------
+
+    @property
+    def _scale(self) -> float:
+        return self.progress.scale if self.train.precision == "fp16" else 1.0
+
+    def _gradients(self, batches: list[Batch], units: float) -> tuple[float, float]:
+        """Leave the step's (scaled) gradient in the parameters; its loss per unit and the gradient's norm."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in batches:
+            with autocast(self.train, self.device):
+                terms = self.task.losses(self.forward_model, batch)
+            total = torch.stack(list(terms.values())).sum()
+            (total * (self._scale / units)).backward()
+            loss += total.detach().double()
+        self.ranks.sum_gradients(self.parameters)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        return self.ranks.sum(loss.cpu()).item() / units, norm
+
+    def _finite(self, loss: float, norm: float) -> bool:
+        """Whether the step may touch the weights. Loss and norm are sums over the ranks, so all ranks agree.
+
+        Raises:
+            DivergedError: the loss or the gradient is not finite.
+        """
+        now = self.progress
+        if math.isfinite(loss) and math.isfinite(norm):
+            now.scale_steps += 1
+            return True
+        if self.train.precision == "fp16" and math.isfinite(loss) and now.scale > SMALLEST_SCALE:
+            now.scale, now.scale_steps = now.scale / 2, 0
+            return False
+        names = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}, first in {(names or ['?'])[0]}"
+        raise DivergedError(
+            f"{self.what}: step {now.step + 1} of {self.total}: {what} is not finite; the weights were not changed",
+            "lower train.lr, set train.clip=1.0 or train.warmup=0.1, or use train.precision=fp32",
+        )
+
+    def _update(self, norm: float) -> None:
+        """Unscale and clip the gradient, set the rate, step."""
+        now = self.progress
+        factor = 1.0 / self._scale
+        if self.train.clip and norm * factor > self.train.clip:
+            factor *= self.train.clip / (norm * factor)
+        if factor != 1.0:
+            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], factor)
+        rate = schedules.factor(now.step, self.total, self.train)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate
+        self.optimizer.step()
+        self.ranks.same_buffers(self.model)
+        if self.train.precision == "fp16" and now.scale_steps >= GROW_EVERY:
+            now.scale, now.scale_steps = now.scale * 2, 0
+
+    def _log_step(self, norm: float) -> None:
+        now = self.progress
+        loss = now.window_loss / now.window_steps
+        self._shown.update(now.step, f"loss {loss:.4f}")
+        if now.step % self.train.log_every and now.step != self.total:
+            return
+        rate = self.optimizer.param_groups[-1]["lr"]
+        now.history.append({"step": now.step, "epoch": now.epoch, "lr": rate, "train_loss": loss, "grad_norm": norm})
+        now.window_loss, now.window_steps = 0.0, 0
+
+    # -- evaluation -------------------------------------------------------------------------------------------------
+
+    def _evaluation_due(self) -> bool:
+        now = self.progress
+        if now.step == 0 or now.evaluated == now.step:
+            return False
+        if now.step >= self.total:
+            return True
+        return now.step % self.train.eval_every == 0 if self.train.eval_every else now.offset == 0
+
+    def _evaluate(self) -> None:
+        """Evaluate on the validation split, keep the best weights, and see whether to stop early."""
+        now, task = self.progress, self.task
+        metrics = {f"val_{name}": value for name, value in self._measure().items()}
+        now.history.append({"step": now.step, **metrics})
+        now.evaluated = now.step
+        if self.ranks.rank == 0:
+            log.say("", step=now.step, epoch=now.epoch, **metrics)
+        score = metrics[f"val_{task.metric}"]
+        gain = score if task.direction == "maximize" else -score
+        if now.best_score is None or gain > now.best_score:
+            now.best_score, now.best_step, now.best_metrics = gain, now.step, metrics
+            self.best = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        if now.anchor is None or gain > now.anchor + self.train.early_stopping.threshold:
+            now.anchor, now.stale = gain, 0
+        else:
+            now.stale += 1
+            now.stopped = 0 < self.train.early_stopping.patience <= now.stale
+        if self.on_eval:
+            self.on_eval(now.step, metrics)
+
+    def _measure(self) -> dict[str, float]:
+        """Metrics of the validation split: each rank takes a share of the batches; SIGTERM ends it."""
+        total: list[float] = []
+        try:
+            shard = (self.ranks.rank, self.ranks.size)
+            total = self.task.total(self.model, "val", shard=shard, poll=self.preemption.poll).tolist()
+        except Interrupted:
+            pass
+        parts = self.ranks.gather((total, self.preemption.asked))
+        if any(asked for _, asked in parts):
+            # The checkpoint says that this step is not evaluated: the resumed run does that first.
+            self._preempt()
+        tallies = [torch.tensor(part, dtype=torch.float64) for part, _ in parts if part]
+        return self.task.summarise("val", torch.stack(tallies).sum(0))
+
+    # -- state ------------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint of the whole state."""
+        tree = {
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best,
+            "progress": asdict(self.progress),
+        }
+        self.checkpoints.save(self.progress.step, tree, rng_state(self.device))
+
+    def resume(self) -> None:
+        """Take the state of the newest good checkpoint, if there is one."""
+        loaded = self.checkpoints.load()
+        if loaded is None:
+            return
+        tree, rng = loaded
+        self.model.load_state_dict(tree["model"])
+        self.optimizer.load_state_dict(tree["optimizer"])
+        self.best = {name: value.to(self.device) for name, value in tree["best"].items()}
+        self.progress = Progress(**tree["progress"])
+        if rng is not None:
+            set_rng_state(rng, self.device)
+
+    def _preempt(self) -> None:
+        """Write a durable checkpoint and leave.
+
+        Raises:
+            Preempted: always.
+        """
+        self.save()
+        kept = (
+            "a checkpoint was written" if self.checkpoints.folder else "nothing was kept, for want of a scratch folder"
+        )
+        raise Preempted(
+            f"{self.what}: SIGTERM at step {self.progress.step} of {self.total}; {kept}",
+            "run the same command again to go on from there",
+        )
+
+
+def history_lines(rows: list[dict[str, Any]]) -> str:
+    """The history as JSON lines."""
+    import json
+
+    return "".join(json.dumps(row) + "\n" for row in rows)

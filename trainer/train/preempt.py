@@ -1,0 +1,39 @@
+"""SIGTERM: remembered while training, and acted on between steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+
+class Preemption:
+    """While entered, SIGTERM sets `asked` instead of ending the process. Outside of the main thread it does nothing."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def poll(self) -> None:
+        """Raise `Interrupted` if SIGTERM came: for the inside of an evaluation."""
+        if self.asked:
+            raise Interrupted
+
+
+class Interrupted(BaseException):
+    """Leaves an evaluation early. Not an `Exception`, so that nobody's `except Exception` swallows it."""
