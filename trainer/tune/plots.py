@@ -31,9 +31,9 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>{title}</title><style>
 :root{{color-scheme:light dark}}
-body{{margin:0 auto;padding:20px 16px 48px;max-width:1280px;font:16px/1.5 system-ui,sans-serif;color:#1d2433;background:#fff}}
+body{{margin:0 auto;padding:20px 16px 48px;max-width:1320px;font:16px/1.5 system-ui,sans-serif;color:#1d2433;background:#fff}}
 h1{{font-size:1.5rem;margin:0 0 .25rem}} h2{{font-size:1.05rem;margin:0 0 .5rem}} p{{margin:.25rem 0 1rem}}
-.plots{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:28px 40px;margin:24px 0}}
+.plots{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,360px),1fr));gap:28px 40px;margin:24px 0}}
 .table{{overflow-x:auto}} table{{border-collapse:collapse;font-size:.9rem}}
 th,td{{text-align:left;padding:4px 14px 4px 0;border-bottom:1px solid #dfe3ea;vertical-align:top}}
 th{{font-weight:600;white-space:nowrap}} td.number{{text-align:right;font-variant-numeric:tabular-nums}}

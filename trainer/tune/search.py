@@ -161,7 +161,7 @@ def make_pruner(tune: Tune, evaluations: int) -> optuna.pruners.BasePruner:
     import optuna
 
     if tune.pruner == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=max(2, min(5, tune.trials // 3)), n_warmup_steps=1)
+        return optuna.pruners.MedianPruner(n_startup_trials=max(2, min(5, tune.trials // 3)), n_warmup_steps=2)
     if tune.pruner == "hyperband":
         return optuna.pruners.HyperbandPruner(max_resource=evaluations or "auto")
     return optuna.pruners.NopPruner()

@@ -40,15 +40,20 @@ def run(call: Call) -> Result:
         say("tune: off, train takes the parameters as they are")
         write(out, params, None)
         return Result(volatile=VOLATILE, meta={"tuning": {"enabled": False, "params": {}}})
+    from trainer.train.preempt import Preemption
+
     dataset = Dataset(call.inputs["dataset"])
     first = space.configured(tune, params.model_dump(mode="json"))
-    found = search(
-        tune,
-        lambda number, values, report: train_once(params, dataset, values, report, call.scratch / f"trial-{number}"),
-        call.scratch,
-        first=first,
-        evaluations=0 if params.train.eval_every or params.train.max_steps else tune.epochs or params.train.epochs,
-    )
+    whole_epochs = not (params.train.eval_every or params.train.max_steps or tune.max_steps)
+    evaluations = (tune.epochs or params.train.epochs) if whole_epochs else 0
+    with Preemption() as preemption:
+
+        def objective(number: int, values: Values, report: Report) -> float:
+            if preemption.asked:
+                raise Preempted("tune: SIGTERM between two trials; the journal was kept", "run the same command again")
+            return train_once(params, dataset, values, report, call.scratch / f"trial-{number}")
+
+        found = search(tune, objective, call.scratch, first=first, evaluations=evaluations)
     best = write(out, params, found)
     states = [trial.state for trial in found.trials]
     say(f"tune: best of {len(states)} trials", **{tune.metric: best["value"]}, **best["params"])
@@ -71,11 +76,10 @@ def train_once(params: Params, dataset: Dataset, values: Values, report: Report,
         report: told the metric after each evaluation.
         scratch: the trial's own folder for checkpoints; removed when it is done.
     """
-    import torch
-
     from trainer import models, tasks
     from trainer.tasks.wrapped import FewerRows
     from trainer.train.fit import fit
+    from trainer.train.state import seed_all
 
     changed = with_values(params, values | _fidelity(params))
     task = tasks.build(changed, dataset)
@@ -87,7 +91,7 @@ def train_once(params: Params, dataset: Dataset, values: Values, report: Report,
 
     done = True
     try:
-        torch.manual_seed(changed.train.seed)
+        seed_all(changed.train.seed)
         model = models.build(changed.model, dataset.spec)
         fitted = fit(changed, task, model, scratch=scratch, on_eval=on_eval, what="trial")
         return _metric(params, fitted.metrics)
