@@ -116,6 +116,7 @@ def test_wrong_values_are_refused_by_their_dotted_path(case):
     assert key in refusal(load, None, [f"{key}={value}"]).message
 
 
+LR, STOP = "tune.space.train.lr", "tune.space.train.early_stopping"
 CROSS = {
     "splits leave nothing": (["data.split.val=0.5", "data.split.test=0.5"], "data.split"),
     "bounds crossed": (["data.clean.min_chars=9", "data.clean.max_chars=8"], "data.clean"),
@@ -126,11 +127,11 @@ CROSS = {
     "weights": (["distill.weights=[1, 1]"], "distill"),
     "prune order": (["quantize.prune.begin=0.7", "quantize.prune.end=0.7"], "quantize.prune"),
     "direction": (["tune.metric=val_loss"], "tune"),
-    "log from zero": (["tune.space.train.lr.low=0", "tune.space.train.lr.high=1", "tune.space.train.lr.log=true"], "tune.space.train.lr"),
+    "log from zero": ([f"{LR}.low=0", f"{LR}.high=1", f"{LR}.log=true"], "tune.space.train.lr"),
     "low above high": (["tune.space.train.lr.low=2", "tune.space.train.lr.high=1"], "tune.space.train.lr"),
-    "out of the bounds of what is searched": (["tune.space.train.lr.low=-1", "tune.space.train.lr.high=1"], "tune.space.train.lr.low"),
+    "out of the bounds of what is searched": ([f"{LR}.low=-1", f"{LR}.high=1"], f"{LR}.low"),
     "fractions of a count": (["tune.space.train.epochs.low=1", "tune.space.train.epochs.high=3"], "tune.space.train.epochs.low"),
-    "a section to search": (["tune.space.train.early_stopping.low=1", "tune.space.train.early_stopping.high=2"], "tune.space.train.early_stopping"),
+    "a section to search": ([f"{STOP}.low=1", f"{STOP}.high=2"], STOP),
     "a list to search": (["tune.space.train.betas.low=1", "tune.space.train.betas.high=2"], "tune.space.train.betas"),
     "a section that is not searched": (["tune.space.data.seed.low=1", "tune.space.data.seed.high=2"], "tune.space.data.seed"),
     "of another family": (["tune.space.model.filters.low=1", "tune.space.model.filters.high=2"], "tune.space.model.filters"),
@@ -162,7 +163,8 @@ FILES = {
     "two documents": (b"train: {}\n---\ntrain: {}\n", "not valid YAML"),
     "alias": (b"train: &a {}\ndata: *a\n", "aliases"),
     "alias bomb": (
-        b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(b"%c: &%c [*%c,*%c,*%c]\n" % (c, c, c - 1, c - 1, c - 1) for c in range(98, 120)),
+        b"a: &a [x,x,x,x,x,x,x]\n"
+        + b"".join(b"%c: &%c [*%c,*%c,*%c]\n" % (c, c, c - 1, c - 1, c - 1) for c in range(98, 120)),
         "aliases",
     ),
     "tag": (b"train: !!python/object/apply:os.system ['true']\n", "tags"),
@@ -209,11 +211,14 @@ def test_an_unreadable_configuration_exits_with_2_and_no_traceback(tmp_path):
 
 
 OVERRIDES = {
-    "1e-3": 0.001, "1E-3": 0.001, "-2": -2, "010": 10, "0o17": 15, "0x1F": 31, "1_000": "1_000", "1:30": "1:30", ".5": 0.5, "5.": 5,
+    "1e-3": 0.001, "1E-3": 0.001, "-2": -2, "010": 10, "0o17": 15, "0x1F": 31, "1_000": "1_000", "1:30": "1:30",
+    ".5": 0.5, "5.": 5,
     "true": True, "False": False, "yes": "yes", "no": "no", "on": "on", "null": None, "~": None, "": "", "  spaced  ": "spaced",
     "'1e-3'": "1e-3", '"1"': "1", "[1, 2]": [1, 2], "[]": [], "{a: 1}": {"a": 1}, "2020-01-01": "2020-01-01", "a=b": "a=b",
-    "*.csv": "*.csv", "data/*.csv": "data/*.csv", "#1": "#1", "a #b": "a #b", "a: b": "a: b", "@x": "@x", "&a": "&a", "!x": "!x", "%x": "%x",
-    "- a": "- a", "s3://bucket/a b": "s3://bucket/a b", "dvc:REPO@REV:PATH": "dvc:REPO@REV:PATH", "C:\\x": "C:\\x", "é": "é", "=": "=", "?": "?",
+    "*.csv": "*.csv", "data/*.csv": "data/*.csv",
+    "#1": "#1", "a #b": "a #b", "a: b": "a: b", "@x": "@x", "&a": "&a", "!x": "!x", "%x": "%x",
+    "- a": "- a", "s3://bucket/a b": "s3://bucket/a b", "dvc:REPO@REV:PATH": "dvc:REPO@REV:PATH",
+    "C:\\x": "C:\\x", "é": "é", "=": "=", "?": "?",
 }  # fmt: skip
 
 
@@ -225,7 +230,8 @@ def test_values_of_overrides(text):
 
 @pytest.mark.parametrize(
     "word",
-    ["train", "train.lr", "=1", "train=1", "train..lr=1", ".lr=1", "train.=1", "train lr=1", "", "=", "+train.lr=1", "a.b" * 99 + "=1",
+    ["train", "train.lr", "=1", "train=1", "train..lr=1", ".lr=1", "train.=1", "train lr=1", "", "=", "+train.lr=1",
+     "a.b" * 99 + "=1",
      "a" + ".b" * 2000 + "=1", "train.lr=[1", 'train.lr="1', "train.lr={a", "train.lr.x=1", "train.\x1b=1"],
 )  # fmt: skip
 def test_malformed_overrides_are_refused(word):

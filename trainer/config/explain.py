@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -44,10 +45,14 @@ def _typed(loc: tuple[Any, ...]) -> list[Any]:
 
 def _known(name: str, keys: list[str]) -> str:
     """The nearest of the keys, or the place elsewhere where the very same key exists."""
-    elsewhere = [path for path in _paths(Params, "") if path.rsplit(".", 1)[-1] == name]
-    if elsewhere and not set(keys) & {name}:
-        return f"did you mean {elsewhere[0]!r}?"
-    return nearest(name[:80], keys)
+    elsewhere = _places().get(name)
+    return f"did you mean {elsewhere!r}?" if elsewhere else nearest(name[:80], keys)
+
+
+@functools.cache
+def _places() -> dict[str, str]:
+    """Name of a key -> the dotted path of its first place in the schema."""
+    return {path.rsplit(".", 1)[-1]: path for path in reversed(list(_paths(Params, "")))}
 
 
 def _paths(model: type[BaseModel], prefix: str) -> Iterator[str]:
