@@ -11,7 +11,7 @@ from typing import Any
 from trainer.config.names import nearest
 from trainer.data.examples import Bad
 from trainer.data.json_stream import items
-from trainer.data.readers import csv_records
+from trainer.data.readers import csv_records, decode
 from trainer.data.sources import RawFile
 from trainer.errors import ConfigError, DataError
 
@@ -167,15 +167,13 @@ def _header(name: str, fields: Any, keys: tuple[str, str], task: str) -> list[st
 
 def _sized_lines(path: Path, encoding: str, ends: dict[int, int]) -> Iterator[tuple[int, Any]]:
     """Numbered lines; `ends` gets the byte at which each line ends."""
-    from trainer.data.readers import _decode
-
     position = 0
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
             position += len(raw)
             ends[number] = position
             line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-            yield number, _decode(line.rstrip(b"\n").removesuffix(b"\r"), encoding)
+            yield number, decode(line.rstrip(b"\n").removesuffix(b"\r"), encoding)
 
 
 def _parquet(file: RawFile, keys: tuple[str, str], task: str) -> list[Chunk]:

@@ -14,10 +14,11 @@ from trainer.errors import ConfigError
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _SPACE = re.compile(r"\s+")
 _WORD = re.compile(r"[^\W\d_]+")
-_BLOCKS = frozenset(
+_BLOCK_NAMES = (
     "address article aside blockquote br dd div dl dt fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 header "
-    "hr li main nav ol p pre section table td th tr ul".split()
+    "hr li main nav ol p pre section table td th tr ul"
 )
+_BLOCKS = frozenset(_BLOCK_NAMES.split())
 _HIDDEN = frozenset(("script", "style", "template", "noscript"))
 
 # The most frequent function words: enough to tell languages that use the same script apart.

@@ -17,7 +17,7 @@ from trainer.data.split import mix
 
 NUM_BINS = 128
 SHINGLE = 5
-_BATCH_BYTES = 1 << 19
+_BATCH_BYTES = 1 << 18
 _BASE = 0x9E3779B97F4A7C15 | 1
 _EMPTY = np.uint64(2**64 - 1)
 _OFFSET = np.uint64(0xD1B54A32D192ED03)

@@ -52,7 +52,7 @@ def run(engine: str, workers: int, kernel: str, tasks: Sequence[dict[str, Any]])
         DataError: as the kernel raised it.
     """
     words = [json.dumps(task) for task in tasks]
-    chosen = "inline" if engine == "inline" or len(tasks) <= 1 and engine != "ray" else engine
+    chosen = "inline" if engine == "inline" or (len(tasks) <= 1 and engine != "ray") else engine
     for text in _ENGINES[chosen](workers, kernel, words):
         result = json.loads(text)
         if "error" in result:

@@ -21,11 +21,11 @@ class Bad:
 
 @dataclass(frozen=True)
 class Example:
-    """A text with its label; `label` is None where the task needs none, `pixels` is the path or the values of a picture."""
+    """A text with its label; `label` is None where the task needs none, `picture` is its file name, rows of values, or bytes."""
 
     text: str
     label: str | None
-    pixels: Any = None
+    picture: Any = None
 
 
 def render(turns: Iterable[tuple[str, str]]) -> str:

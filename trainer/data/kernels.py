@@ -3,12 +3,13 @@
 ingest  chunk     -> rows-C.arrow: one batch per partition of the content hash; bands-C.npy
 near    partition -> drops-P.npy: hashes of near duplicates, by ranges of the band key
 settle  partition -> kept-P.arrow: rows without duplicates, ordered by content hash
-pack    partition -> part-P-SPLIT.arrow: rows with label, split and token ids
+pack    partition -> part-P-SPLIT.*: rows and token ids of each split
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +17,41 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.artifacts.dataset import END, SPLITS
-from trainer.data import dedup, pictures, readers
+from trainer.data import columns, dedup, pictures, readers
 from trainer.data import job as jobs
 from trainer.data.clean import make_cleaner
-from trainer.data.examples import Bad, to_example
+from trainer.data.examples import Bad, Example, to_example
 from trainer.data.job import Job
 from trainer.data.split import assign, split_hashes
 
 # Rows as workers pass them on. `count` is how many equal rows of a chunk this one stands for.
 ROWS = pa.schema(
     [
-        ("hi", pa.uint64()), ("lo", pa.uint64()), ("text", pa.large_binary()), ("label", pa.string()),
+        ("hi", pa.uint64()), ("lo", pa.uint64()), ("text", pa.large_binary()), ("label", pa.large_string()),
         ("file", pa.int32()), ("line", pa.int64()), ("count", pa.int64()), ("pixels", pa.large_binary()),
     ]
 )  # fmt: skip
+# As pack.py joins them.
+PACKED = pa.schema(
+    [("id", pa.large_string()), ("text", pa.large_string()), ("label", pa.int32()), ("source", pa.large_string())]
+)
 MAX_EXAMPLES = 1000
+_ENCODE_ROWS = 1000
 
 Task = dict[str, Any]
 
 
-def partition_of(hashes: np.ndarray, partitions: int) -> np.ndarray:
-    """The range of uint64 that each hash is in, of `partitions` (a power of two) equal ones."""
-    bits = partitions.bit_length() - 1
-    return (hashes >> np.uint64(64 - bits)).astype(np.int64) if bits else np.zeros(len(hashes), np.int64)
+@dataclass
+class _Rows:
+    """The rows of a chunk that are kept so far, column by column, and what was dropped."""
+
+    texts: list[bytes] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    pixels: list[bytes] = field(default_factory=list)
+    num_read: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    bad: list[tuple[int, str]] = field(default_factory=list)
 
 
 def ingest(task: Task) -> dict[str, Any]:
@@ -51,83 +64,79 @@ def ingest(task: Task) -> dict[str, Any]:
     job = jobs.load(work)
     config, chunk = job.config, task["chunk"]
     cleaner = make_cleaner(config.clean)
-    dropped: Counter[str] = Counter()
-    bad: list[tuple[int, str]] = []
-    num_read = num_bad = 0
-    texts: list[bytes] = []
-    labels: list[str | None] = []
-    lines: list[int] = []
-    images: list[bytes] = []
+    rows = _Rows()
+    num_bad = 0
     for line, row in readers.read(chunk, task["encoding"]):
-        num_read += 1
-        example = row if isinstance(row, Bad) else to_example(row, config.text, config.label, job.task)
-        pixels = b""
-        if job.task == "image" and not isinstance(example, Bad):
-            decoded = pictures.decode(
-                example.pixels, Path(chunk["path"]).parent, config.image_size, config.image_channels
-            )
-            pixels, example = (b"", decoded) if isinstance(decoded, Bad) else (decoded, example)
+        rows.num_read += 1
+        example = _example(row, job, Path(chunk["path"]).parent)
         if isinstance(example, Bad):
-            dropped[f"malformed:{example.kind}"] += 1
+            rows.dropped[f"malformed:{example.kind}"] += 1
+            if len(rows.bad) < MAX_EXAMPLES:
+                rows.bad.append((line, example.message))
             num_bad += 1
-            if len(bad) < MAX_EXAMPLES:
-                bad.append((line, example.message))
             if num_bad > config.max_bad_rows:
                 break
             continue
-        text = example.text
-        if job.task != "image":
-            text, reason = cleaner(text)
-            if reason:
-                dropped[reason] += 1
-                continue
-        texts.append(text.encode())
-        labels.append(example.label)
-        lines.append(line)
-        if job.task == "image":
-            images.append(pixels)
-    _write_rows(work, task, job, texts, labels, lines, images)
-    return {"read": num_read, "dropped": dict(dropped), "bad": bad}
+        text, reason = (example.text, "") if job.task == "image" else cleaner(example.text)
+        if reason:
+            rows.dropped[reason] += 1
+            continue
+        rows.texts.append(text.encode())
+        rows.labels.append(example.label or "")
+        rows.lines.append(line)
+        rows.pixels.append(example.picture or b"")
+    _write_rows(work, task, job, rows)
+    return {"read": rows.num_read, "dropped": dict(rows.dropped), "bad": rows.bad}
 
 
-def _write_rows(
-    work: Path,
-    task: Task,
-    job: Job,
-    texts: list[bytes],
-    labels: list[str | None],
-    lines: list[int],
-    images: list[bytes],
-) -> None:
+def _example(row: Any, job: Job, folder: Path) -> Example | Bad:
+    """The example in a parsed row, its picture decoded."""
+    config = job.config
+    example = row if isinstance(row, Bad) else to_example(row, config.text, config.label, job.task)
+    if job.task != "image" or isinstance(example, Bad):
+        return example
+    pixels = pictures.decode(example.picture, folder, config.image_size, config.image_channels)
+    return pixels if isinstance(pixels, Bad) else Example(example.text, example.label, pixels)
+
+
+def _write_rows(work: Path, task: Task, job: Job, rows: _Rows) -> None:
     """Write a chunk's rows by partition, equal ones of the same label as one, and their band keys."""
     config, number = job.config, task["index"]
-    ids = dedup.content_ids(images or texts)
-    names, codes = np.unique(np.array([label or "" for label in labels], dtype=object), return_inverse=True)
-    order = np.lexsort((np.array(lines, np.int64), codes, ids[:, 1], ids[:, 0])) if len(ids) else np.empty(0, np.int64)
-    sorted_ids, sorted_codes = ids[order], codes[order]
+    ids = dedup.content_ids(rows.pixels if job.task == "image" else rows.texts)
+    names, codes = _codes(rows.labels)
+    lines = np.array(rows.lines, np.int64)
+    order = np.lexsort((lines, codes, ids[:, 1], ids[:, 0]))
     counts = np.ones(len(order), np.int64)
     if config.dedup.exact and len(order):
-        new = np.ones(len(order), bool)
-        new[1:] = (sorted_ids[1:] != sorted_ids[:-1]).any(axis=1) | (sorted_codes[1:] != sorted_codes[:-1])
-        starts = np.flatnonzero(new)
+        keys = np.column_stack([ids[order], codes[order].astype(np.uint64)])
+        starts = np.flatnonzero(np.append(True, (keys[1:] != keys[:-1]).any(axis=1)))
         counts = np.diff(np.append(starts, len(order)))
-        order, sorted_ids, sorted_codes = order[starts], sorted_ids[starts], sorted_codes[starts]
-    with_labels = job.task != "lm"
-    columns = [
-        pa.array(sorted_ids[:, 0]), pa.array(sorted_ids[:, 1]),
-        pa.array([texts[i] for i in order], pa.large_binary()),
-        pa.array([names[code] if with_labels else None for code in sorted_codes], pa.string()),
-        pa.array(np.full(len(order), task["chunk"]["file"], np.int32)),
-        pa.array(np.array(lines, np.int64)[order]), pa.array(counts),
-        pa.array([images[i] for i in order] if images else [None] * len(order), pa.large_binary()),
-    ]  # fmt: skip
-    table = pa.Table.from_arrays(columns, schema=ROWS)
-    bounds = np.searchsorted(partition_of(sorted_ids[:, 0], job.partitions), np.arange(job.partitions + 1))
+        order = order[starts]
+    ids = ids[order]
+    arrays = [
+        columns.numbers(ids[:, 0]),
+        columns.numbers(ids[:, 1]),
+        columns.blobs([rows.texts[i] for i in order]),
+        columns.strings([names[code] for code in codes[order]]),
+        columns.numbers(np.full(len(order), task["chunk"]["file"], np.int32)),
+        columns.numbers(lines[order]),
+        columns.numbers(counts),
+        columns.blobs([rows.pixels[i] for i in order]),
+    ]
+    table = pa.Table.from_arrays(arrays, schema=ROWS)
+    bounds = [*_bounds(ids[:, 0], job.partitions), len(order)]
     with pa.ipc.new_file(work / f"rows-{number}.arrow", ROWS, options=_options()) as writer:
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-            writer.write_batch(_one_batch(table.slice(start, end - start)))
-    if config.dedup.near and not images:
-        _write_bands(work, number, [texts[i] for i in order], sorted_ids[:, 0], config.dedup.threshold)
+        for part in range(job.partitions):
+            writer.write_batch(_one_batch(table.slice(bounds[part], bounds[part + 1] - bounds[part])))
+    if config.dedup.near and job.task != "image":
+        _write_bands(work, number, [rows.texts[i] for i in order], ids[:, 0], config.dedup.threshold)
+
+
+def _codes(labels: list[str]) -> tuple[list[str], np.ndarray]:
+    """The distinct labels in order, and the number of each row's."""
+    names = sorted(set(labels))
+    number = {name: code for code, name in enumerate(names)}
+    return names, np.fromiter((number[label] for label in labels), np.int64, len(labels))
 
 
 def _options() -> pa.ipc.IpcWriteOptions:
@@ -135,9 +144,8 @@ def _options() -> pa.ipc.IpcWriteOptions:
 
 
 def _one_batch(table: pa.Table) -> pa.RecordBatch:
-    table = table.combine_chunks()
-    batches = table.to_batches()
-    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=ROWS)
+    arrays = [column.combine_chunks() for column in table.columns]
+    return pa.RecordBatch.from_arrays(arrays, schema=table.schema)
 
 
 def _write_bands(work: Path, number: int, texts: list[bytes], hi: np.ndarray, threshold: float) -> None:
@@ -149,12 +157,17 @@ def _write_bands(work: Path, number: int, texts: list[bytes], hi: np.ndarray, th
     np.save(work / f"bands-{number}.npy", np.stack([flat[order], owners[order]]))
 
 
-def _range(values: np.ndarray, part: int, partitions: int) -> slice:
-    """Where the hashes of a partition are in a sorted array."""
+def _bounds(values: np.ndarray, partitions: int) -> list[int]:
+    """Where in a sorted array of uint64 each of `partitions` (a power of two) equal ranges begins."""
     width = 2**64 // partitions
-    start = int(np.searchsorted(values, np.uint64(part * width))) if part else 0
-    end = int(np.searchsorted(values, np.uint64((part + 1) * width))) if part + 1 < partitions else len(values)
-    return slice(start, end)
+    starts = np.array([part * width for part in range(partitions)], np.uint64)
+    return [int(start) for start in np.searchsorted(values, starts)]
+
+
+def _range(values: np.ndarray, part: int, partitions: int) -> slice:
+    """The place of one range in a sorted array."""
+    bounds = [*_bounds(values, partitions), len(values)]
+    return slice(bounds[part], bounds[part + 1])
 
 
 def near(task: Task) -> dict[str, Any]:
@@ -175,37 +188,38 @@ def settle(task: Task) -> dict[str, Any]:
     """Remove the duplicates from a partition and order it by content hash.
 
     Returns:
-        rows, labels: label -> rows kept; dropped: reason -> number.
+        labels: label -> rows kept; dropped: reason -> number.
     """
     work, part = Path(task["work"]), task["partition"]
     job = jobs.load(work)
     batches = []
     for number in range(job.num_chunks):
         with pa.memory_map(str(work / f"rows-{number}.arrow")) as file:
-            batches.append(pa.ipc.open_file(file).get_batch(part))
+            batches.append(pa.ipc.open_file(file, options=_reading()).get_batch(part))
     table = pa.Table.from_batches(batches, ROWS)
-    hi, lo, file_number, line, count = (table.column(name).to_numpy() for name in ("hi", "lo", "file", "line", "count"))
-    labels = table.column("label").to_pylist()
-    names, codes = np.unique(np.array([label or "" for label in labels], dtype=object), return_inverse=True)
+    hi, lo, file_number, line, count = (
+        columns.to_numpy(table.column(name)) for name in ("hi", "lo", "file", "line", "count")
+    )
+    names, codes = _codes(table.column("label").to_pylist())
     order = np.lexsort((line, file_number, codes, lo, hi))
     total = int(count.sum())
     if job.config.dedup.exact:
         order = _one_per_text(order, hi, lo, codes, count)
-    num_exact = total - len(order)
-    num_near = 0
+    num_exact, num_near = total - len(order), 0
     if job.config.dedup.near and job.task != "image":
-        drops = _drops(work, part, job.partitions)
-        survivors = order[~np.isin(hi[order], drops)]
+        survivors = order[~np.isin(hi[order], _drops(work, part, job.partitions))]
         num_near, order = len(order) - len(survivors), survivors
     with pa.ipc.new_file(work / f"kept-{part}.arrow", ROWS, options=_options()) as writer:
-        writer.write_batch(_one_batch(table.take(pa.array(order))))
+        writer.write_batch(_one_batch(table.take(columns.numbers(order))))
     kept = Counter(codes[order].tolist())
-    dropped = {"duplicate": num_exact, "near_duplicate": num_near}
     return {
-        "labels": {str(names[code]): number for code, number in kept.items()},
-        "dropped": dropped,
-        "rows": len(order),
+        "labels": {names[code]: number for code, number in kept.items()},
+        "dropped": {"duplicate": num_exact, "near_duplicate": num_near},
     }
+
+
+def _reading() -> pa.ipc.IpcReadOptions:
+    return pa.ipc.IpcReadOptions(use_threads=False)
 
 
 def _one_per_text(
@@ -219,10 +233,10 @@ def _one_per_text(
     label_starts = np.flatnonzero(np.append(True, ~same_label))
     votes = np.add.reduceat(count[order], label_starts)
     text_of = np.cumsum(np.append(True, ~same_text))[label_starts]
-    # Stable: of equal votes the first label stays first.
+    # Of equal votes the first label stays first.
     ranked = np.lexsort((np.arange(len(votes)), -votes, text_of))
     firsts = ranked[np.append(True, np.diff(text_of[ranked]) != 0)]
-    return order[label_starts[firsts]]
+    return np.asarray(order[label_starts[firsts]])
 
 
 def _drops(work: Path, part: int, partitions: int) -> np.ndarray:
@@ -233,10 +247,10 @@ def _drops(work: Path, part: int, partitions: int) -> np.ndarray:
     return np.unique(np.concatenate(found))
 
 
-def selected(work: Path, part: int, job: Job, columns: list[str]) -> tuple[pa.Table, np.ndarray]:
+def selected(work: Path, part: int, job: Job, names: list[str]) -> tuple[pa.Table, np.ndarray]:
     """A partition's rows that stay, some columns of them, and their label numbers (-1 without labels)."""
     with pa.memory_map(str(work / f"kept-{part}.arrow")) as file:
-        table = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(use_threads=False)).read_all()
+        table = pa.ipc.open_file(file, options=_reading()).read_all()
     if job.labels is None:
         codes = np.full(len(table), -1, np.int32)
         stay = np.arange(len(table))
@@ -246,14 +260,18 @@ def selected(work: Path, part: int, job: Job, columns: list[str]) -> tuple[pa.Ta
         stay = np.flatnonzero(codes >= 0)
     if job.limits is not None:
         stay = stay[: job.limits[part]]
-    return table.select(columns).take(pa.array(stay)), codes[stay]
+    return table.select(names).take(columns.numbers(stay)), codes[stay]
+
+
+def ids_of(table: pa.Table) -> np.ndarray:
+    """(rows, 2) uint64 from the columns hi and lo."""
+    return np.column_stack([columns.to_numpy(table.column("hi")), columns.to_numpy(table.column("lo"))])
 
 
 def splits_of(table: pa.Table, codes: np.ndarray, job: Job) -> np.ndarray:
     """The split of each row, by its content hash."""
     assert job.cuts is not None
-    ids = np.stack([table.column("hi").to_numpy(), table.column("lo").to_numpy()], axis=1)
-    return assign(split_hashes(ids, job.config.split.seed), codes, job.cuts)
+    return assign(split_hashes(ids_of(table), job.config.split.seed), codes, job.cuts)
 
 
 def pack(task: Task) -> dict[str, Any]:
@@ -266,47 +284,45 @@ def pack(task: Task) -> dict[str, Any]:
     job = jobs.load(work)
     table, codes = selected(work, part, job, ["hi", "lo", "text", "file", "line", "pixels"])
     where = splits_of(table, codes, job)
-    encode = None
-    if job.task != "image":
-        from trainer.data.tokenizer import load_encoder
-
-        encode = load_encoder(work / "tokenizer.json", task["fast"])
     result = {}
     for number, name in enumerate(SPLITS):
         own = np.flatnonzero(where == number)
-        result[name] = _pack_split(
-            work, f"part-{part}-{name}", table.take(pa.array(own)), codes[own], job, encode, task["dtype"]
-        )
+        stem = work / f"part-{part}-{name}"
+        rows = table.take(columns.numbers(own))
+        _write_packed(stem, rows, codes[own], job)
+        result[name] = {"rows": len(own), "tokens": 0, "bytes": sum(map(len, rows.column("text").to_pylist()))}
+        if job.task == "image":
+            stem.with_name(f"{stem.name}.images").write_bytes(b"".join(rows.column("pixels").to_pylist()))
+        else:
+            result[name]["tokens"] = _write_tokens(stem, rows.column("text"), job, task)
     return result
 
 
-def _pack_split(
-    work: Path, name: str, table: pa.Table, codes: np.ndarray, job: Job, encode: Any, dtype: str
-) -> dict[str, int]:
-    texts = [text.decode() for text in table.column("text").to_pylist()]
-    ids = np.stack([table.column("hi").to_numpy(), table.column("lo").to_numpy()], axis=1)
-    places = zip(table.column("file").to_pylist(), table.column("line").to_pylist(), strict=True)
-    rows = pa.table(
-        {
-            "id": pa.array(dedup.hex_ids(ids), pa.string()),
-            "text": pa.array(texts, pa.large_string()),
-            "label": pa.array(codes, pa.int32()),
-            "source": pa.array([f"{job.names[file]}:{line}" for file, line in places], pa.string()),
-        }
-    )
-    with pa.ipc.new_file(work / f"{name}.arrow", rows.schema, options=_options()) as writer:
-        writer.write_table(rows)
-    counts = {"rows": len(texts), "tokens": 0, "bytes": sum(map(len, table.column("text").to_pylist()))}
-    if job.task == "image":
-        content = b"".join(table.column("pixels").to_pylist())
-        (work / f"{name}.images").write_bytes(content)
-        return counts
-    limit = job.config.max_length if job.task == "classify" else 0
-    tail = [END] if job.task == "lm" else []
-    encoded = [np.array([*tokens[: limit or None], *tail], np.uint32) for tokens in encode(texts)]
-    lengths = np.array([len(tokens) for tokens in encoded], np.int64)
-    flat = np.concatenate(encoded) if encoded else np.empty(0, np.uint32)
-    flat.astype(dtype).tofile(work / f"{name}.tokens")
-    np.save(work / f"{name}.lengths.npy", lengths)
-    counts["tokens"] = int(lengths.sum())
-    return counts
+def _write_packed(stem: Path, rows: pa.Table, codes: np.ndarray, job: Job) -> None:
+    places = zip(rows.column("file").to_pylist(), rows.column("line").to_pylist(), strict=True)
+    arrays = [
+        columns.strings(dedup.hex_ids(ids_of(rows))),
+        columns.blobs(rows.column("text").to_pylist(), pa.large_string()),
+        columns.numbers(codes.astype(np.int32)),
+        columns.strings([f"{job.names[file]}:{line}" for file, line in places]),
+    ]
+    with pa.ipc.new_file(f"{stem}.arrow", PACKED, options=_options()) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=PACKED))
+
+
+def _write_tokens(stem: Path, texts: pa.ChunkedArray, job: Job, task: Task) -> int:
+    """Write the token ids of some texts, and the number of each text's; returns the sum."""
+    from trainer.data.tokenizer import load_encoder
+
+    encode = load_encoder(Path(task["work"]) / "tokenizer.json", task["fast"])
+    limit = job.config.max_length if job.task == "classify" else None
+    tail = np.array([END] if job.task == "lm" else [], np.uint32)
+    lengths = []
+    with open(f"{stem}.tokens", "wb") as file:
+        for start in range(0, len(texts), _ENCODE_ROWS):
+            batch = [text.decode() for text in texts.slice(start, _ENCODE_ROWS).to_pylist()]
+            encoded = [np.append(ids[:limit], tail) for ids in encode(batch)]
+            lengths += [len(ids) for ids in encoded]
+            file.write(np.concatenate(encoded).astype(task["dtype"]).tobytes())
+    np.save(f"{stem}.lengths.npy", np.array(lengths, np.int64))
+    return sum(lengths)

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.artifacts.dataset import Spec
-
-_ROWS = pa.schema([("id", pa.string()), ("text", pa.large_string()), ("label", pa.int32()), ("source", pa.string())])
+from trainer.data.columns import to_numpy
+from trainer.data.kernels import PACKED
 
 
 def write_split(work: Path, folder: Path, partitions: int, counts: dict[str, int], spec: Spec) -> None:
@@ -49,11 +49,11 @@ def token_dtype(vocab_size: int) -> str:
 
 def _write_rows(stems: list[Path], path: Path) -> np.ndarray:
     labels = [np.empty(0, np.int32)]
-    with pq.ParquetWriter(path, _ROWS, compression="zstd") as writer:
+    with pq.ParquetWriter(path, PACKED, compression="zstd") as writer:
         for stem in stems:
             with pa.memory_map(str(stem) + ".arrow") as file:
                 table = pa.ipc.open_file(file).read_all()
-            labels.append(table.column("label").to_numpy().astype(np.int32))
+            labels.append(to_numpy(table.column("label")))
             if len(table):
                 writer.write_table(table)
     return np.concatenate(labels)

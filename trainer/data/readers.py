@@ -46,14 +46,15 @@ def text_lines(path: Path, start: int, end: int, first: int, encoding: str) -> I
     try:
         lines: list[Any] = content.decode(encoding).split("\n")
     except UnicodeDecodeError:
-        lines = [_decode(line, encoding) for line in content.split(b"\n")]
+        lines = [decode(line, encoding) for line in content.split(b"\n")]
     if lines and lines[-1] == "":
         lines.pop()
     for number, line in enumerate(lines, first):
         yield number, line[:-1] if isinstance(line, str) and line.endswith("\r") else line
 
 
-def _decode(line: bytes, encoding: str) -> str | Bad:
+def decode(line: bytes, encoding: str) -> str | Bad:
+    """A line as text, or Bad where it is not in the encoding."""
     try:
         return line.decode(encoding)
     except UnicodeDecodeError as error:
@@ -119,7 +120,7 @@ class _Lines:
 
 
 def csv_records(lines: Iterator[tuple[int, str | Bad]], delimiter: str, width: int) -> Iterator[tuple[int, int, Any]]:
-    """(first line, last line, fields or Bad) of each record. After a record that is malformed, reading goes on with its second line.
+    """(first line, last line, fields or Bad) of each record; after a malformed one, reading goes on with its second line.
 
     Args:
         lines: numbered lines.

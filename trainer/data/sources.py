@@ -84,7 +84,7 @@ def _listed(root: Path, source: str, form: str) -> Source:
     """The files of a local file or folder."""
     if root.is_file():
         files = [RawFile(root, root.name, _format(root, form, source))]
-    elif form == "images" or form == "auto" and (root / "labels.csv").is_file():
+    elif form == "images" or (form == "auto" and (root / "labels.csv").is_file()):
         if not (root / "labels.csv").is_file():
             raise DataError(
                 f"data.source: {source}: no labels.csv",

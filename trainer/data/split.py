@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 TRAIN, VAL, TEST = 0, 1, 2
@@ -42,7 +44,7 @@ def stratified_cuts(
     order = np.lexsort((hashes, labels))
     starts = np.searchsorted(labels[order], np.arange(num_labels + 1))
     cuts = []
-    for start, end in zip(starts[:-1], starts[1:], strict=True):
+    for start, end in pairwise(starts):
         own = hashes[order[start:end]]
         num_test = round(test * len(own))
         num_val = min(round(val * len(own)), max(len(own) - num_test - 1, 0))

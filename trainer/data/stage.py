@@ -12,6 +12,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from trainer.errors import DataError
 from trainer.stage import Call, Result
 
 # Raw bytes per partition: what one worker holds at a time when duplicates are removed and texts are tokenised.
-PARTITION_BYTES = 48 << 20
-TOKENIZER_BYTES = 32 << 20
+PARTITION_BYTES = 16 << 20
+# Text to train the tokenizer on, per token of the vocabulary: more changes few merges and takes its time.
+TOKENIZER_BYTES = 1024
 _MALFORMED = "malformed:"
 
 
@@ -45,6 +47,9 @@ def run(call: Call) -> Result:
         return _run(call.params, call.outputs["dataset"], work)
     finally:
         storage.remove(work)
+        for folder in (call.scratch, call.scratch.parent):
+            with suppress(OSError):
+                folder.rmdir()  # only if nothing else is in it
 
 
 def _run(params: Params, out: Path, work: Path) -> Result:
@@ -126,16 +131,27 @@ def _ingest(runner: _Runner, plan: list[chunks.Chunk], names: list[str], params:
     num_read = num_bad = 0
     dropped: Counter[str] = Counter()
     first = ""
+    rows_of: Counter[int] = Counter()
+    undecodable: Counter[int] = Counter()
     for chunk, result in zip(plan, runner.each("ingest", tasks), strict=True):
         num_read += result["read"]
         dropped.update(result["dropped"])
         name, bad = names[chunk["file"]], result["bad"]
+        rows_of[chunk["file"]] += result["read"]
+        undecodable[chunk["file"]] += result["dropped"].get(f"{_MALFORMED}encoding", 0)
         if bad and not first:
             first = f"{name}: line {bad[0][0]}: {bad[0][1]}"
         before, num_bad = num_bad, sum(number for reason, number in dropped.items() if reason.startswith(_MALFORMED))
         if num_bad > data.max_bad_rows:
             line, message = bad[min(data.max_bad_rows - before, len(bad) - 1)]
             raise _too_many(f"{name}: line {line}: {message}", first, dropped, data.max_bad_rows)
+    for number, wrong in undecodable.items():
+        # A few such rows are damaged rows; many mean that the whole file is in another encoding.
+        if wrong and wrong * 4 >= rows_of[number]:
+            message = (
+                f"{names[number]}: {wrong} of {rows_of[number]} rows are not {encoding.upper()}; the first: {first}"
+            )
+            raise DataError(message, "set data.encoding to the file's encoding, such as latin-1")
     if num_read == sum(dropped.values()):
         message = f"data.source: {data.source}: no row is left of {num_read} ({_reasons(dropped) or 'there are none'})"
         raise DataError(f"{message}; {first}" if first else message, "correct the rows, or relax data.clean")
@@ -177,13 +193,12 @@ def _choose(
             job = smaller.extended(limits=_recount(smaller, job, work))
     if not data.split.stratify or not has_labels:
         return job.extended(cuts=[split.uniform_cuts(data.split.val, data.split.test)]), dict(sorted(counts.items()))
-    hashes, codes = [], []
+    hashes, numbers = [], []
     for part in range(job.partitions):
         table, own = kernels.selected(work, part, job, ["hi", "lo"])
-        ids = np.stack([table.column("hi").to_numpy(), table.column("lo").to_numpy()], axis=1)
-        hashes.append(split.split_hashes(ids, data.split.seed))
-        codes.append(own)
-    joined, labels = np.concatenate(hashes), np.concatenate(codes)
+        hashes.append(split.split_hashes(kernels.ids_of(table), data.split.seed))
+        numbers.append(own)
+    joined, labels = np.concatenate(hashes), np.concatenate(numbers)
     cuts = split.stratified_cuts(joined, labels, len(job.labels or []), data.split.val, data.split.test)
     return job.extended(cuts=cuts), dict(sorted(counts.items()))
 
@@ -221,8 +236,8 @@ def _recount(smaller: Job, before: Job, work: Path) -> list[int]:
 
 
 def _train_texts(job: Job, work: Path) -> Iterator[str]:
-    """Texts of the train split, ordered by content hash (which is as good as drawn), up to TOKENIZER_BYTES."""
-    size = 0
+    """Texts of the train split, ordered by content hash (which is as good as drawn), as many as the tokenizer is trained on."""
+    size, enough = 0, TOKENIZER_BYTES * job.config.tokenizer.vocab_size
     for part in range(job.partitions):
         table, codes = kernels.selected(work, part, job, ["hi", "lo", "text"])
         train = np.flatnonzero(kernels.splits_of(table, codes, job) == split.TRAIN)
@@ -231,7 +246,7 @@ def _train_texts(job: Job, work: Path) -> Iterator[str]:
             text = column[row].as_py()
             size += len(text)
             yield text.decode()
-            if size >= TOKENIZER_BYTES:
+            if size >= enough:
                 return
 
 
