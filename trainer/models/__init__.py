@@ -94,6 +94,8 @@ def save(
     _write_json(folder / CONFIG, content)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, str(folder / WEIGHTS), metadata={"format": "pt"})
+    # safetensors makes its file for this user alone; pods that share a volume may run as others.
+    (folder / WEIGHTS).chmod(0o644)
     if tokenizer is not None and tokenizer.is_file():
         shutil.copyfile(tokenizer, folder / TOKENIZER)
     _write_json(folder / METRICS, metrics)

@@ -51,7 +51,8 @@ class Block(nn.Module):
         """Map (batch, length, dim) to the same shape."""
         x = x + self.dropout(self.attend(self.norm1(x), cos, sin))
         normed = self.norm2(x)
-        return x + self.dropout(self.down(silu(self.gate(normed)) * self.up(normed)))
+        out: Tensor = x + self.dropout(self.down(silu(self.gate(normed)) * self.up(normed)))
+        return out
 
     def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Causal self-attention; each key and value head serves heads / kv_heads query heads."""

@@ -32,7 +32,8 @@ class Block(nn.Module):
         rate = self.dropout.p if self.training else 0.0
         attended = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate)
         x = x + self.dropout(self.proj(attended.transpose(1, 2).reshape(batch, length, dim)))
-        return x + self.dropout(self.down(gelu(self.up(self.norm2(x)))))
+        out: Tensor = x + self.dropout(self.down(gelu(self.up(self.norm2(x)))))
+        return out
 
 
 class Encoder(nn.Module):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 # Gradients are summed in flat pieces of about this many bytes: few collectives, bounded extra memory.
 BUCKET_BYTES = 25 << 20
@@ -73,7 +74,7 @@ class Group(Ranks):
             gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
             dist.all_reduce(flat)
-            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
     def same_parameters(self, model: nn.Module) -> None:
@@ -139,7 +140,7 @@ def process_group(backend: str, timeout_s: float, device: torch.device) -> Itera
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = timedelta(seconds=timeout_s)
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
+    store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         world_size=size,
@@ -150,7 +151,7 @@ def process_group(backend: str, timeout_s: float, device: torch.device) -> Itera
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     chosen = backend if backend != "auto" else "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
-        chosen, store=dist.PrefixStore(f"millrace/attempt{attempt}", store), rank=rank, world_size=size, timeout=timeout
+        chosen, store=PrefixStore(f"millrace/attempt{attempt}", store), rank=rank, world_size=size, timeout=timeout
     )
     try:
         yield

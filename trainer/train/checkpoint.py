@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from trainer import log, storage
 from trainer.artifacts import manifest
@@ -86,7 +88,7 @@ class Checkpoints:
         plain, tensors = split(tree)
         self._together(lambda: self._begin(temporary, plain, step))
         rng_file = temporary / f"rng-{self.ranks.rank:04d}.json"
-        self._together(lambda: [storage.write_atomic(rng_file, json.dumps(rng).encode())], anywhere=True)
+        self._together(lambda: storage.write_atomic(rng_file, json.dumps(rng).encode()), anywhere=True)
         _save_tensors(temporary, tensors, self.ranks)
         self._together(lambda: self._finish(temporary, target, step))
         self._saved_step = step
@@ -213,8 +215,8 @@ def _save_tensors(place: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None
     try:
         with _quiet():
             # Files are synced when they are sealed.
-            dcp.save(dict(tensors), storage_writer=FileSystemWriter(place, sync_files=False), no_dist=ranks.size == 1)
-    except dcp.CheckpointException as error:
+            dcp_save(dict(tensors), storage_writer=FileSystemWriter(place, sync_files=False), no_dist=ranks.size == 1)
+    except CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
         reason = getattr(first, "strerror", None) or str(first)
         raise StorageError(f"checkpoint {place}: {reason}", "free some space, or use another --scratch") from error
@@ -228,7 +230,7 @@ def _load_tensors(place: Path) -> dict[str, Tensor]:
             raise ArtifactError(f"{place}: holds {name!r}, which is not a tensor", "remove this checkpoint")
         tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
     with _quiet():
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        dcp_load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 
@@ -243,8 +245,7 @@ class SafeReader(FileSystemReader):
         """
         with open(Path(self.path) / ".metadata", "rb") as file:
             metadata: Metadata = _Unpickler(file).load()
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,19 +48,20 @@ def machine(train: Train) -> Iterator[torch.device]:
     """Set threads and deterministic kernels as `train` says, give the device, and put all back at the end."""
     threads = torch.get_num_threads()
     strict = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
     torch.set_num_threads(train.threads or max(1, num_cores() // train.processes))
     if train.deterministic:
         # cuBLAS reads this when it starts; without it, deterministic mode refuses to multiply matrices.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        memory.fill_uninitialized_memory = False
     try:
         yield choose(train.device)
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(strict)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill
 
 
 def autocast(train: Train, device: torch.device) -> AbstractContextManager[object]:

@@ -143,7 +143,7 @@ class Loop:
             with autocast(self.train, self.device):
                 terms = self.task.losses(self.forward_model, batch)
             total = torch.stack(list(terms.values())).sum()
-            (total * (self._scale / units)).backward()
+            (total * (self._scale / units)).backward()  # type: ignore[no-untyped-call]
             loss += total.detach().double()
         self.ranks.sum_gradients(self.parameters)
         gradients = [p.grad for p in self.parameters if p.grad is not None]

@@ -30,7 +30,7 @@ def run(call: Call) -> Result:
 
 def train(call: Call) -> Result:
     """Train in this process (a rank of the process group, where there is one); rank 0 writes the model folder."""
-    import torch.distributed as dist
+    from torch import distributed
 
     dataset = Dataset(call.inputs["dataset"])
     params = tuned(call.params, call.inputs.get("tuning"))
@@ -38,7 +38,7 @@ def train(call: Call) -> Result:
     seed_all(params.train.seed)
     model = models.build(params.model, dataset.spec)
     num_parameters = models.num_parameters(model)
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    first = not distributed.is_initialized() or distributed.get_rank() == 0
     if first:
         log.say(f"train {params.model.name} on {task.num_examples('train')} examples", num_parameters=num_parameters)
     fitted = fit(params, task, model, scratch=call.scratch)

@@ -1,0 +1,171 @@
+"""Run the stage `train` on several local ranks: torchrun in a process group of its own, with errors and exit codes kept.
+
+SIGTERM is passed on to the ranks, which write a checkpoint. Nothing is left behind: the agent ends with this process,
+the ranks end with the agent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import trainer
+from trainer import errors, storage
+from trainer.errors import EXIT_FAILURE, EXIT_PREEMPTED, MillraceError, Preempted
+from trainer.stage import Call, Result
+
+SPEC, RESULT, FAILURES, ERRORS = "spec.json", "result.json", "failures.json", "errors"
+
+
+class RankFailed(MillraceError):
+    """A rank ended without a message of ours: a signal from outside, or a bug."""
+
+    def __init__(self, message: str, hint: str, exit_code: int) -> None:
+        super().__init__(message, hint)
+        self.exit_code = exit_code
+
+
+def launch(call: Call) -> Result:
+    """Train on `params.train.processes` ranks and give back what rank 0 returned.
+
+    Raises:
+        MillraceError: as a rank raised it.
+        RankFailed: a rank was killed or met an unexpected error, more often than `parallel.max_restarts` allows.
+    """
+    place = call.scratch / "ranks"
+    storage.remove(place)
+    (place / ERRORS).mkdir(parents=True)
+    spec = {
+        "params": call.params.model_dump(mode="json"),
+        "inputs": {name: str(Path(path).absolute()) for name, path in call.inputs.items()},
+        "outputs": {name: str(Path(path).absolute()) for name, path in call.outputs.items()},
+        "scratch": str(call.scratch.absolute()),
+    }
+    (place / SPEC).write_text(json.dumps(spec), encoding="utf-8")
+    arguments = [
+        "--standalone",
+        f"--nproc-per-node={call.params.train.processes}",
+        f"--max-restarts={call.params.parallel.max_restarts}",
+        "--monitor-interval=0.1",
+        "--module",
+        "trainer.train.worker",
+        str(place.absolute()),
+    ]
+    command = [sys.executable, "-m", "trainer.parallel.agent", str(os.getpid()), str(place.absolute() / FAILURES)]
+    terminated = False
+    process = subprocess.Popen([*command, *arguments], env=_environment(), start_new_session=True)
+    try:
+        with _forwarding(process) as asked:
+            process.wait()
+            terminated = bool(asked)
+    finally:
+        # The ranks have sessions of their own and die with the agent.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if process.returncode == 0:
+        content = json.loads((place / RESULT).read_text(encoding="utf-8"))
+        return Result(content["metrics"], content["meta"], tuple(content["volatile"]))
+    raise explain(place, process.returncode, terminated)
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment, with our package importable and torchrun's warning about threads settled."""
+    home = str(Path(trainer.__file__).parents[1])
+    paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+@contextmanager
+def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Pass SIGTERM on to a process; the list holds the signals that came."""
+    came: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        process.send_signal(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = signal.signal(signal.SIGTERM, forward)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def explain(place: Path, status: int, terminated: bool) -> MillraceError:
+    """The error that a failed launch means, from what its ranks and the agent wrote.
+
+    Args:
+        place: the launch's folder.
+        status: the agent's exit status.
+        terminated: whether SIGTERM was passed on.
+    """
+    found = read_errors(place)
+    for rank in sorted(found, key=lambda rank: (found[rank]["exit_code"] == EXIT_PREEMPTED, rank)):
+        error = found[rank]
+        if error["kind"] != "traceback":
+            return _rebuild(error)
+    if terminated:
+        return Preempted("train: SIGTERM before a checkpoint could be written", "run the same command again")
+    for rank, error in sorted(found.items()):
+        sys.stderr.write(f"rank {rank}: {error['message']}")
+        return RankFailed(f"rank {rank}: an unexpected error", "see the traceback above", EXIT_FAILURE)
+    return _signalled(place, status)
+
+
+def _rebuild(error: dict[str, Any]) -> MillraceError:
+    kind = getattr(errors, error["kind"], MillraceError)
+    rebuilt: MillraceError = kind(error["message"], error["hint"])
+    rebuilt.exit_code = error["exit_code"]
+    return rebuilt
+
+
+def _signalled(place: Path, status: int) -> MillraceError:
+    """The error for ranks that ended without a word."""
+    hint = "SIGKILL often means too little memory; the same command resumes from the newest checkpoint"
+    try:
+        codes: dict[str, int] = json.loads((place / FAILURES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return RankFailed(f"torchrun ended with status {status}", hint, 128 - status if status < 0 else status)
+    # Survivors of a dead rank are ended by SIGTERM, so any other signal is the cause.
+    rank, code = min(codes.items(), key=lambda item: (item[1] in (-signal.SIGTERM, EXIT_FAILURE), int(item[0])))
+    if code < 0:
+        name = signal.Signals(-code).name
+        return RankFailed(f"rank {rank} was ended by {name}", hint, 128 - code)
+    return RankFailed(f"rank {rank} ended with status {code}", "see its output above", code or EXIT_FAILURE)
+
+
+def read_errors(place: Path) -> dict[int, dict[str, Any]]:
+    """What the ranks of a launch wrote before they ended: rank -> {kind, message, hint, exit_code}."""
+    found = {}
+    for path in (place / ERRORS).glob("rank-*.json"):
+        with suppress(OSError, ValueError):
+            found[int(path.stem.removeprefix("rank-"))] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def write_error(place: Path, rank: int, error: BaseException) -> int:
+    """Note an error for the launcher; returns the exit status that it means."""
+    import traceback
+
+    if isinstance(error, MillraceError):
+        content: dict[str, Any] = {
+            "kind": type(error).__name__, "message": error.message, "hint": error.hint, "exit_code": error.exit_code,
+        }  # fmt: skip
+    else:
+        text = "".join(traceback.format_exception(error))
+        content = {"kind": "traceback", "message": text, "hint": "", "exit_code": EXIT_FAILURE}
+    storage.write_atomic(place / ERRORS / f"rank-{rank:04d}.json", json.dumps(content).encode())
+    return int(content["exit_code"])

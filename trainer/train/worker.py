@@ -1,0 +1,54 @@
+"""One rank of a local launch: `torchrun … --module trainer.train.worker PLACE`, started by `trainer.parallel.launch`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from trainer import storage
+from trainer.config.load import validate
+from trainer.errors import EXIT_PREEMPTED
+from trainer.parallel.agent import die_with
+from trainer.parallel.launch import RESULT, SPEC, read_errors, write_error
+from trainer.stage import Call
+
+
+def main(place: Path) -> int:
+    """Train as PLACE/spec.json says; rank 0 writes PLACE/result.json. Returns the exit status."""
+    die_with(os.getppid())
+    rank = int(os.environ["RANK"])
+    if rank:
+        # Rank 0 speaks for all.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    # torchrun restarts ranks whatever ended them; an error that would come again is not worth another attempt.
+    for error in read_errors(place).values():
+        if error["kind"] != "traceback" and error["exit_code"] != EXIT_PREEMPTED:
+            return int(error["exit_code"])
+    try:
+        train(place, rank)
+    except Exception as error:
+        return write_error(place, rank, error)
+    return 0
+
+
+def train(place: Path, rank: int) -> None:
+    """Join the process group, train, and leave the result."""
+    from trainer.parallel.group import process_group
+    from trainer.train.device import choose
+    from trainer.train.stage import train
+
+    spec = json.loads((place / SPEC).read_text(encoding="utf-8"))
+    params = validate(spec["params"], "params")
+    inputs, outputs = ({name: Path(path) for name, path in spec[key].items()} for key in ("inputs", "outputs"))
+    parallel = params.parallel
+    with process_group(parallel.backend, parallel.timeout_s, choose(params.train.device)):
+        result = train(Call(params, inputs, outputs, Path(spec["scratch"])))
+    if rank == 0:
+        storage.write_atomic(place / RESULT, json.dumps(asdict(result)).encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
