@@ -49,7 +49,8 @@ def test_nothing_is_left_of_a_failure(tmp_path):
             (folder / "file").write_bytes(b"half")
             raise KeyboardInterrupt
 
-    pytest.raises(KeyboardInterrupt, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert names(tmp_path) == ["model"]
     assert (tmp_path / "model" / "file").read_bytes() == b"old"
 
@@ -76,7 +77,8 @@ def test_files_that_appear_while_the_stage_runs_are_not_replaced(tmp_path):
             (tmp_path / "model").mkdir()
             (tmp_path / "model" / "thesis").write_text("x")
 
-    pytest.raises(StorageError, overtaken).match("holds files")
+    with pytest.raises(StorageError, match="holds files"):
+        overtaken()
     assert names(tmp_path / "model") == ["thesis"]
 
 
