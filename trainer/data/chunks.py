@@ -65,20 +65,21 @@ def _plan_file(file: RawFile, encoding: str, keys: tuple[str, str], task: str) -
 
 def line_ranges(path: Path) -> Iterator[tuple[int, int, int]]:
     """(start byte, end byte, number of the first line) of chunks of whole lines."""
-    start = position = 0
+    start = position = line_start = 0
     first = line = 1
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
-            if position + len(block) - start >= CHUNK_BYTES and (cut := block.find(b"\n") + 1):
+            cut = block.find(b"\n") + 1
+            if cut and position + cut - start >= CHUNK_BYTES:
                 end = position + cut
                 yield start, end, first
                 start, first = end, line + 1
-            if position - start > MAX_LINE:
-                raise DataError(
-                    f"{path.name}: line {first}: longer than {MAX_LINE >> 20} MiB", "write one row per line"
-                )
             line += block.count(b"\n")
+            if cut:
+                line_start = position + block.rfind(b"\n") + 1
             position += len(block)
+            if position - line_start > MAX_LINE:
+                raise DataError(f"{path.name}: line {line}: longer than {MAX_LINE} bytes", "write one row per line")
     if position > start:
         yield start, position, first
 

@@ -128,7 +128,8 @@ def csv_records(lines: Iterator[tuple[int, str | Bad]], delimiter: str, width: i
         width: number of fields; 0 takes any.
     """
     source = _Lines(lines)
-    reader = csv.reader(source, delimiter=delimiter)
+    # Strict: a quote that is opened by mistake shows at the next quote, and the rows between are read after all.
+    reader = csv.reader(source, delimiter=delimiter, strict=True)
     while True:
         source.start()
         bad: Bad | None = None
@@ -143,7 +144,10 @@ def csv_records(lines: Iterator[tuple[int, str | Bad]], delimiter: str, width: i
             first = source.taken[0][1]
             bad = first if isinstance(first, Bad) else Bad("open_quote", "opens a quote that is never closed")
         except csv.Error as error:
-            bad = Bad("not_csv", f"is not CSV ({error})")
+            if "end of data" in str(error):
+                bad = Bad("open_quote", "opens a quote that is never closed")
+            else:
+                bad = Bad("not_csv", f"is not CSV ({error})")
         if not bad and not fields:
             continue
         if not bad and width and len(fields) != width:
