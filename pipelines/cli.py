@@ -161,6 +161,19 @@ def _count(word: str) -> int:
     return value
 
 
+def _parse(words: list[str]) -> argparse.Namespace:
+    """Parsed words; argparse alone takes no `section.key=value` after an option that follows another one."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(words)
+    several = getattr(args, "overrides", None)
+    several = getattr(args, "texts", None) if several is None else several
+    if rest and (several is None or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if several is not None:
+        several.extend(rest)
+    return args
+
+
 def _stage(words: list[str]) -> int:
     """`millrace stage`: the words go to `python -m trainer` as they are."""
     from trainer.__main__ import main as stage_main
@@ -178,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["stage"]:
         return _stage(words[1:])
-    args = build_parser().parse_args(words)
+    args = _parse(words)
     from pipelines import commands
     from trainer.__main__ import report_error
 

@@ -14,6 +14,8 @@ from pydantic.fields import FieldInfo
 
 from trainer.config import Params
 from trainer.config.model import FAMILIES
+from trainer.config.text import parse_yaml
+from trainer.errors import ConfigError
 
 _BOUNDS = ((Ge, "ge", ">= "), (Gt, "gt", "> "), (Le, "le", "<= "), (Lt, "lt", "< "), (MinLen, "min_length", "length >= "),
            (MaxLen, "max_length", "length <= "))  # fmt: skip
@@ -36,7 +38,7 @@ def parameters(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[Ke
         path = f"{prefix}{name}"
         if path in ("model", "distill.student"):
             default = field.get_default(call_default_factory=True)
-            yield Key(f"{path}.name", "string", f"one of {', '.join(FAMILIES)}", default.name, "The model family.")
+            yield Key(f"{path}.name", "string", f"one of {', '.join(FAMILIES)}", default.name, field.description or "")
             if path == "model":
                 for family, (section, _, _) in FAMILIES.items():
                     for key in parameters(section, f"{path}."):
@@ -77,7 +79,17 @@ def show(value: Any) -> str:
         text = f"{value:g}" if 1e-3 <= abs(value) < 1e6 or not value else f"{value:e}"
         mantissa, _, exponent = text.partition("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}" if exponent else f"{float(text)}"
-    return json.dumps(value, ensure_ascii=False) if not isinstance(value, str) or value == "" else value
+    if isinstance(value, str) and value and _is_plain(value):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether YAML reads the text as itself without quotes."""
+    try:
+        return bool(parse_yaml(f"key: {text}", "") == {"key": text})
+    except ConfigError:
+        return False
 
 
 def type_name(annotation: Any) -> str:

@@ -1,0 +1,210 @@
+"""Projects: params.yaml edited with its comments kept, dvc.yaml made from it, `millrace new`."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines import dvcfile, local, project
+from pipelines.cli import main
+from trainer import presets
+from trainer.config.load import apply_overrides, load, read_tree
+from trainer.config.text import parse_yaml
+from trainer.errors import MillraceError
+from trainer.stage import STAGES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    presets.use(presets.DEFAULT, tmp_path / "params.yaml")
+    return tmp_path
+
+
+def test_committed_dvc_yaml_is_what_the_table_and_the_default_preset_say() -> None:
+    assert (ROOT / "dvc.yaml").read_text(encoding="utf-8") == dvcfile.render(load(ROOT / "params.yaml"))
+
+
+def test_every_stage_depends_on_its_inputs_and_just_its_sections() -> None:
+    stages = dvcfile.build(load(None))["stages"]
+    assert list(stages) == ["raw", *STAGES]
+    for name, stage in STAGES.items():
+        assert stages[name]["params"] == list(stage.sections)
+        inputs = [f"out/{port}" for port in stage.inputs]
+        assert stages[name]["deps"] == (inputs or ["data/raw/stdlib-functions.jsonl"])
+
+
+def test_registry_readers_stay_out_of_the_run_cache_and_only_promote_may_be_refused() -> None:
+    stages = dvcfile.build(load(None))["stages"]
+    persisted = {name for name in STAGES if any(isinstance(out, dict) for out in stages[name]["outs"])}
+    assert persisted == {"evaluate", "promote"}
+    assert [name for name in stages if "--allow-refusal" in stages[name]["cmd"]] == ["promote"]
+
+
+@pytest.mark.parametrize("source", ["s3://bucket/rows.csv", "dvc:https://host/repo@v1:data/rows.csv"])
+def test_remote_sources_are_no_dependency(source: str) -> None:
+    stages = dvcfile.build(load(None, [f"data.source={source}"]))["stages"]
+    assert "raw" not in stages
+    assert "deps" not in stages["preprocess"]
+
+
+def test_local_sources_are_dependencies(in_folder: Path) -> None:
+    (in_folder / "rows").mkdir()
+    for name in ("b.csv", "a.csv", "note.txt"):
+        (in_folder / "rows" / name).touch()
+    for source, deps in (
+        ("rows", ["rows"]),
+        ("rows/a.csv", ["rows/a.csv"]),
+        ("rows/*.csv", ["rows/a.csv", "rows/b.csv"]),
+    ):
+        stages = dvcfile.build(load(None, [f"data.source={source}"]))["stages"]
+        assert stages["preprocess"]["deps"] == deps
+        assert "raw" not in stages
+
+
+def test_names_that_a_shell_or_yaml_would_read_survive(in_folder: Path) -> None:
+    name = "my $(data) & 'rows': #1.csv"
+    (in_folder / name).touch()
+    text = dvcfile.render(load(None, [f"data.source={name}"]))
+    assert yaml.safe_load(text)["stages"]["preprocess"]["deps"] == [name]
+
+
+EDITS = {
+    "number": ["train.lr=3e-5"],
+    "text": ["data.text=a: #b"],
+    "text like a number": ["data.label=007"],
+    "quoted text like a bool": ["data.label='no'"],
+    "list": ["model.orders=[1, 2]"],
+    "new family": ["model.name=encoder", "model.dim=64", "model.heads=2"],
+    "student's family": ["distill.student.name=textcnn"],
+    "new dimension": ["tune.space.model.dim.type=int", "tune.space.model.dim.low=8", "tune.space.model.dim.high=64"],
+    "bool": ["tune.enabled=false"],
+    "empty": ["data.tokenizer.path="],
+    "unicode": ["data.label=étiquette 标签"],
+}
+
+
+@pytest.mark.parametrize("case", EDITS)
+def test_edit_keeps_comments_and_means_the_same(case: str, in_folder: Path) -> None:
+    before = (in_folder / "params.yaml").read_text(encoding="utf-8")
+    tree = apply_overrides(read_tree("params.yaml"), EDITS[case])
+    after = project.edit(before, tree)
+    assert parse_yaml(after, "") == tree
+    changed = set(before.splitlines()) - set(after.splitlines())
+    kept = {line for line in before.splitlines() if line.lstrip().startswith("#")}
+    if "family" not in case:  # the comments of parameters that are gone go with them
+        assert not changed & kept
+        assert len(changed) <= len(EDITS[case])
+
+
+def test_run_without_overrides_leaves_params_alone(in_folder: Path) -> None:
+    path = in_folder / "params.yaml"
+    text = path.read_text(encoding="utf-8").replace("  alpha: 0.7\n", "  alpha:    0.7  # odd but mine\n")
+    assert "odd but mine" in text
+    path.write_text(text, encoding="utf-8")
+    project.configure(Path(), [])
+    assert path.read_text(encoding="utf-8") == text
+
+
+def test_an_override_of_the_same_value_leaves_params_alone(in_folder: Path) -> None:
+    before = (in_folder / "params.yaml").read_bytes()
+    project.configure(Path(), ["train.seed=0"])
+    assert (in_folder / "params.yaml").read_bytes() == before
+
+
+def test_other_data_is_another_model_unless_a_name_is_given(in_folder: Path) -> None:
+    for source, expected in (
+        ("data/My Reviews.csv", ["promote.model=my-reviews"]),
+        ("rows/*.csv", ["promote.model=default"]),
+        ("builtin:stdlib-modules", ["promote.model=stdlib-modules"]),
+        ("builtin:stdlib-functions", []),
+    ):
+        assert local._model_of_new_source(in_folder, [f"data.source={source}"]) == expected
+    assert local._model_of_new_source(in_folder, ["data.source=x.csv", "promote.model=mine"]) == []
+    assert local._model_of_new_source(in_folder, ["train.lr=1"]) == []
+
+
+def test_no_scm_follows_git(in_folder: Path) -> None:
+    config = in_folder / ".dvc" / "config.local"
+    project.prepare(in_folder)
+    assert "no_scm = true" in config.read_text(encoding="utf-8")
+    (in_folder / ".git").mkdir()
+    project.prepare(in_folder)
+    assert not config.exists()
+
+
+def test_settings_of_yours_in_config_local_are_kept(in_folder: Path) -> None:
+    project.prepare(in_folder)
+    config = in_folder / ".dvc" / "config.local"
+    mine = '[remote "mine"]\n    url = somewhere\n'
+    config.write_text(mine, encoding="utf-8")
+    project.prepare(in_folder)
+    assert config.read_text(encoding="utf-8").startswith(mine)
+    (in_folder / ".git").mkdir()
+    project.prepare(in_folder)
+    assert mine in config.read_text(encoding="utf-8")
+
+
+def test_committed_dvc_files_are_what_a_new_project_gets(in_folder: Path) -> None:
+    assert (ROOT / ".dvc" / "config").read_text(encoding="utf-8") == project.CONFIG
+    assert (ROOT / ".dvc" / ".gitignore").read_text(encoding="utf-8") == project.LOCAL_DVC_FILES
+    assert (ROOT / ".dvcignore").read_text(encoding="utf-8") == project.IGNORED_BY_DVC
+    assert "analytics = false" in project.CONFIG
+
+
+def test_new_makes_a_whole_project(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = in_folder / "my rows.csv"
+    data.write_text("body,stars\nhello,1\n", encoding="utf-8")
+    assert main(["new", "there/too", "--data", str(data), "--text", "body", "--label", "stars", "train.lr=0.5"]) == 0
+    folder = in_folder / "there" / "too"
+    params = load(folder / "params.yaml")
+    assert (params.data.source, params.data.text, params.data.label) == ("data/my rows.csv", "body", "stars")
+    assert params.train.lr == 0.5
+    assert (folder / "data" / "my rows.csv").read_bytes() == data.read_bytes()
+    tracked = yaml.safe_load((folder / "data" / "my rows.csv.dvc").read_text(encoding="utf-8"))
+    assert tracked["outs"][0]["path"] == "my rows.csv"
+    assert yaml.safe_load((folder / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["preprocess"]["deps"] == [
+        "data/my rows.csv"
+    ]
+    assert "cd there/too" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("word", ["train.lr=fast", "nothing.here=1"])
+def test_new_leaves_nothing_when_it_is_refused(word: str, in_folder: Path) -> None:
+    (in_folder / "rows.csv").touch()
+    assert main(["new", "there", "--data", "rows.csv", word]) == 2
+    assert not (in_folder / "there").exists()
+
+
+def test_new_does_not_touch_a_folder_in_use(in_folder: Path) -> None:
+    (in_folder / "rows.csv").touch()
+    (in_folder / "there").mkdir()
+    (in_folder / "there" / "mine.txt").touch()
+    assert main(["new", "there", "--data", "rows.csv"]) == 2
+    assert [path.name for path in (in_folder / "there").iterdir()] == ["mine.txt"]
+
+
+def test_new_takes_a_folder_of_data(in_folder: Path) -> None:
+    (in_folder / "rows").mkdir()
+    (in_folder / "rows" / "a.jsonl").write_text("{}\n", encoding="utf-8")
+    assert main(["new", "there", "--data", "rows"]) == 0
+    assert (in_folder / "there" / "data" / "rows" / "a.jsonl").is_file()
+
+
+def test_dvc_errors_come_as_ours(in_folder: Path) -> None:
+    project.prepare(in_folder)
+    with pytest.raises(MillraceError, match="dvc add"):
+        project.dvc(in_folder, "add", "nowhere.csv")
+
+
+def test_champion_is_missed_only_where_there_was_one(in_folder: Path) -> None:
+    params = load("params.yaml")
+    assert not local.champion_is_gone(params)
+    (in_folder / "out" / "promotion").mkdir(parents=True)
+    verdict = '{"decision": "promoted", "champion": "v0001", "registry": "registry", "model": "text-classify"}'
+    (in_folder / "out" / "promotion" / "promotion.json").write_text(verdict, encoding="utf-8")
+    assert local.champion_is_gone(params)
+    shutil.rmtree(in_folder / "out")
