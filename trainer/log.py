@@ -31,16 +31,18 @@ def is_json() -> bool:
 def say(message: str, **fields: Any) -> None:
     """Print one line; the fields follow as name=value (which Katib reads), or as keys of the JSON object."""
     if _format == "json":
-        fields = {name: value if _is_json(value) else str(value) for name, value in fields.items()}
-        line = json.dumps({"time": round(time.time(), 3), "message": redact(message), **fields}, default=str)
+        content = {"time": round(time.time(), 3), "message": message, **fields}
+        line = json.dumps({name: _plain(value) for name, value in content.items()}, default=str)
     else:
         line = redact(" ".join([message, *(f"{name}={_show(value)}" for name, value in fields.items())]).strip())
     print(line, flush=True)
 
 
-def _is_json(value: Any) -> bool:
-    """Whether JSON has the value: it has neither NaN nor infinity."""
-    return not isinstance(value, float) or math.isfinite(value)
+def _plain(value: Any) -> Any:
+    """The value without secrets, NaN and infinity, which JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return redact(value) if isinstance(value, str) else value
 
 
 def _show(value: Any) -> str:

@@ -1,0 +1,250 @@
+"""`--executor-input`: what the Kubeflow backend gives and what local runs give, and what each must get back.
+
+The ExecutorInput texts are those that a real KFP 2.17 backend and kfp.local pass, with only the paths changed.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import toy
+from trainer import executor
+from trainer.artifacts import manifest
+from trainer.errors import ConfigError, GateRefused, StorageError
+from trainer.executor import local_artifact, parameters
+
+PREFIX = "mlpipeline/v2/artifacts/training/0d3c/preprocess/7b1e"
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    toy.register(monkeypatch)
+    monkeypatch.delenv("TOY", raising=False)
+
+
+def backend(root: Path, **values) -> dict:
+    """As the backend's launcher gives it: URIs of the object store, numbered inputs without schemaTitle, executor-logs."""
+
+    def output(name, title):
+        kind = {"schemaTitle": title, "schemaVersion": "0.0.1"}
+        return {"artifacts": [{"name": name, "type": kind, "uri": f"minio://{PREFIX}/{name}"}]}
+
+    source = {
+        "name": "17", "type": {"instanceSchema": ""}, "uri": f"minio://{PREFIX}/source",
+        "metadata": {"display_name": "source", "store_session_info": '{"Provider":"minio"}', "digest": "x"},
+    }  # fmt: skip
+    return {
+        "inputs": {"parameterValues": values, "artifacts": {"source": {"artifacts": [source]}}},
+        "outputs": {
+            "parameters": {"count": {"outputFile": "/tmp/kfp/outputs/count"}},
+            "artifacts": {
+                "made": output("made", "system.Model"),
+                "notes": output("notes", "system.Artifact"),
+                "executor-logs": output("executor-logs", "system.Artifact"),
+            },
+            "outputFile": f"{root}/minio/{PREFIX}/output_metadata.json",
+        },
+    }
+
+
+def local(root: Path, **values) -> dict:
+    """As kfp.local gives it: paths for URIs, folders that do not exist, another name of the output file."""
+
+    def artifact(name, place, title):
+        kind = {"schemaTitle": title, "schemaVersion": "0.0.1"}
+        return {"artifacts": [{"name": name, "type": kind, "uri": f"{root}/{place}", "metadata": {}}]}
+
+    return {
+        "inputs": {"parameterValues": values, "artifacts": {"source": artifact("source", "previous/source", "system.Dataset")}},
+        "outputs": {
+            "artifacts": {
+                "made": artifact("made", "toy/made", "system.Model"),
+                "notes": artifact("notes", "toy/notes", "system.Artifact"),
+            },
+            "outputFile": f"{root}/toy/executor_output.json",
+        },
+    }  # fmt: skip
+
+
+@pytest.fixture(params=[backend, local], ids=["backend", "local"])
+def dialect(request, tmp_path, monkeypatch):
+    """(function that makes the ExecutorInput, folder of the source, folder of the output `made`)."""
+    monkeypatch.setattr(executor, "_MOUNTS", {"minio://": f"{tmp_path}/minio/"})
+    if request.param is backend:
+        place = tmp_path / "minio" / PREFIX
+        toy.make(place / "source")
+        return lambda **values: backend(tmp_path, **values), place / "source", place / "made"
+    toy.make(tmp_path / "previous/source")
+    return lambda **values: local(tmp_path, **values), tmp_path / "previous/source", tmp_path / "toy/made"
+
+
+def run(given, *overrides):
+    status = executor.run("toy", json.dumps(given), overrides)
+    return status, json.loads(Path(given["outputs"]["outputFile"]).read_text())
+
+
+def test_outputs_and_metadata_are_written_where_the_input_says(dialect):
+    make, source, made = dialect
+    given = make(params="train:\n  lr: 0.5\n", overrides="train.epochs=2 data.text=a b")
+    status, output = run(given)
+    assert status == 0
+    found = manifest.read(made, "model")
+    assert found.record["params"]["train"] | {"lr": 0.5, "epochs": 2} == found.record["params"]["train"]
+    assert found.record["params"]["data"]["text"] == "a b"
+    assert found.record["inputs"]["source"] == manifest.read(source).digest
+    assert set(output) == {"artifacts"}
+    assert set(output["artifacts"]) == {"made", "notes"}
+    (entry,) = output["artifacts"]["made"]["artifacts"]
+    asked = given["outputs"]["artifacts"]["made"]["artifacts"][0]
+    assert (entry["name"], entry["uri"], entry["type"]) == (asked["name"], asked["uri"], asked["type"])
+    assert set(entry) == {"name", "uri", "type", "metadata"}
+    assert entry["metadata"] == {"digest": found.digest, "data_version": "d41d8", "accuracy": 0.5}
+
+
+def test_metadata_is_flat_and_has_no_null_and_no_infinity(dialect):
+    make, _, _ = dialect
+    _, output = run(make())
+    for listed in output["artifacts"].values():
+        for entry in listed["artifacts"]:
+            for name, value in entry["metadata"].items():
+                assert isinstance(name, str)
+                assert type(value) in (str, float, int)
+                json.dumps(value, allow_nan=False)
+
+
+def test_a_refusing_gate_is_written_and_raised(dialect, monkeypatch):
+    make, _, made = dialect
+    monkeypatch.setenv("TOY", "refuse")
+    given = make()
+    with pytest.raises(GateRefused):
+        run(given)
+    output = json.loads(Path(given["outputs"]["outputFile"]).read_text())
+    assert output["artifacts"]["made"]["artifacts"][0]["metadata"]["accuracy"] == 0.5
+    manifest.read(made, "model")
+
+
+def test_an_optional_input_may_be_absent_or_empty(dialect):
+    make, _, _ = dialect
+    given = make()
+    given["inputs"]["artifacts"]["extra"] = {"artifacts": []}
+    assert run(given)[0] == 0
+    given["inputs"]["artifacts"]["extra"] = {}
+    assert run(given)[0] == 0
+
+
+def test_a_retried_task_writes_over_its_own_outputs(dialect):
+    make, _, made = dialect
+    given = make()
+    run(given)
+    digest = manifest.read(made).digest
+    run(given)
+    assert manifest.read(made).digest == digest
+
+
+def test_nothing_is_written_when_the_stage_fails(dialect, monkeypatch):
+    make, _, made = dialect
+    monkeypatch.setenv("TOY", "fail")
+    given = make()
+    with pytest.raises(ValueError, match=r"rows\.csv"):
+        run(given)
+    assert not made.exists()
+    assert not Path(given["outputs"]["outputFile"]).exists()
+
+
+def test_a_missing_input_is_refused(dialect):
+    make, _, _ = dialect
+    given = make()
+    del given["inputs"]["artifacts"]
+    with pytest.raises(ConfigError, match="--in source=URI is missing"):
+        run(given)
+
+
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("minio://mlpipeline/v2/x", "/minio/mlpipeline/v2/x"),
+        ("s3://bucket/x", "/s3/bucket/x"),
+        ("gs://bucket/x", "/gcs/bucket/x"),
+        ("/local/outputs/x", "/local/outputs/x"),
+        ("abfs://c@a.dfs.core.windows.net/x", "abfs://c@a.dfs.core.windows.net/x"),
+    ],
+)
+def test_uris_are_mapped_to_where_kfp_mounts_them(uri, path):
+    assert local_artifact(uri) == path
+
+
+def given_values(**values):
+    return json.dumps({"inputs": {"parameterValues": values}, "outputs": {}})
+
+
+PARAMETERS = {
+    "none": ({}, [], {}),
+    "empty": ({"params": "", "overrides": ""}, [], {}),
+    "null": ({"params": None, "overrides": None}, [], {}),
+    "comment": ({"params": "# nothing"}, [], {}),
+    "YAML": ({"params": "train: {lr: 1e-2}"}, [], {"lr": 0.01}),
+    "JSON": ({"params": '{"train": {"lr": 0.01}}'}, [], {"lr": 0.01}),
+    "a structure": ({"params": {"train": {"lr": 0.01, "epochs": 3.0}}}, [], {"lr": 0.01, "epochs": 3}),
+    "a list": ({"overrides": ["train.lr=0.01", "train.epochs=3"]}, [], {"lr": 0.01, "epochs": 3}),
+    "words": ({"overrides": " train.lr=0.01   train.epochs=3 "}, [], {"lr": 0.01, "epochs": 3}),
+    "lines": ({"overrides": "train.lr=0.01\n\ntrain.epochs=3\n"}, [], {"lr": 0.01, "epochs": 3}),
+    "lists with spaces": ({"overrides": "train.betas=[0.5, 0.6] train.epochs=3"}, [], {"betas": (0.5, 0.6), "epochs": 3}),
+    "the command line wins": ({"params": "train: {lr: 1}", "overrides": "train.lr=2"}, ["train.lr=3"], {"lr": 3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PARAMETERS)
+def test_parameters(case):
+    values, overrides, expected = PARAMETERS[case]
+    train = parameters(given_values(**values), overrides).train
+    assert {name: getattr(train, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"params": "[1]"}, {"params": "train"}, {"params": [1]}, {"params": 3}, {"params": "train: [lr"}, {"overrides": 3},
+     {"overrides": "lr"}, {"overrides": [None]}, {"overrides": [{"a": 1}]}, {"overrides": "train.lrr=1"}, {"params": "train:"}],
+)  # fmt: skip
+def test_wrong_parameters_are_refused(values):
+    with pytest.raises(ConfigError):
+        parameters(given_values(**values), [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{{$}}", "[]", "null", "3", '"x"', "{}", '{"outputs": {}}', '{"outputs": []}', '{"outputs": {"outputFile": 3}}',
+     "[" * 100_000,
+     '{"inputs": [], "outputs": {"outputFile": "x"}}', '{"inputs": {"parameterValues": [1]}, "outputs": {"outputFile": "x"}}',
+     '{"inputs": {"artifacts": {"source": {"artifacts": [{}]}}}, "outputs": {"outputFile": "x"}}',
+     '{"inputs": {"artifacts": {"source": 1}}, "outputs": {"outputFile": "x"}}'],
+)  # fmt: skip
+def test_what_is_no_executor_input_is_refused(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ConfigError, StorageError)) as caught:
+        executor.run("toy", text, [])
+    assert caught.value.exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_entry_point_takes_an_executor_input(tmp_path):
+    toy.make(tmp_path / "previous/source")
+    command = [
+        sys.executable,
+        "-m",
+        "tests.toy",
+        "toy",
+        "--executor-input",
+        json.dumps(local(tmp_path, overrides="train.lr=0.5")),
+    ]
+    root = Path(__file__).parents[2]
+    shown = subprocess.run(
+        [*command, "--print-config"], capture_output=True, text=True, timeout=60, cwd=root, check=True
+    )
+    assert "lr: 0.5" in shown.stdout
+    assert not (tmp_path / "toy").exists()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=root, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "toy/executor_output.json").is_file()
