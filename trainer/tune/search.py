@@ -87,7 +87,7 @@ def search(
     limit = min(tune.trials, space.grid_size(tune)) if tune.sampler == "grid" else tune.trials
     started = time.monotonic()
     with _quiet(), _alone(scratch):
-        study = _open(tune, scratch, evaluations)
+        study = _open(tune, scratch)
         while True:
             trials = study.get_trials(deepcopy=False)
             done = [trial for trial in trials if trial.state.is_finished()]
@@ -96,7 +96,7 @@ def search(
                 if len(done) >= limit or (late and done):
                     break
                 study.enqueue_trial(_propose(study, tune, first, len(done), evaluations))
-            _run_next(study, tune, objective, limit)
+            _run_next(study, tune, objective, limit, evaluations)
         finished = [_summary(trial) for trial in study.get_trials(deepcopy=False)]
         return Search(finished, best_of(finished, tune.direction), importance_of(study))
 
@@ -167,7 +167,7 @@ def make_pruner(tune: Tune, evaluations: int) -> optuna.pruners.BasePruner:
     return optuna.pruners.NopPruner()
 
 
-def _open(tune: Tune, scratch: Path, evaluations: int) -> optuna.Study:
+def _open(tune: Tune, scratch: Path) -> optuna.Study:
     """The study on its journal, after repairing what a kill left: half a line, and the lock of a dead process."""
     import optuna
     from optuna.storages.journal import JournalFileBackend
@@ -183,91 +183,145 @@ def _open(tune: Tune, scratch: Path, evaluations: int) -> optuna.Study:
         study_name=STUDY,
         storage=optuna.storages.JournalStorage(JournalFileBackend(str(path))),
         direction=tune.direction,
-        pruner=make_pruner(tune, evaluations),
+        pruner=optuna.pruners.NopPruner(),
         load_if_exists=True,
     )
 
 
 def _propose(study: optuna.Study, tune: Tune, first: Values | None, number: int, evaluations: int) -> Values:
     """Values of trial `number`, from the finished trials alone."""
-    import optuna
-
     if number == 0 and first is not None and tune.sampler != "grid":
         return first
+    trials = study.get_trials(deepcopy=False)
+    failed = bool(trials) and _summary(trials[-1]).state == "failed"
+    if tune.sampler == "gp":
+        # The GP sees complete trials only: it would propose a pruned or failed point again and again.
+        trials = [_as_seen_by_gp(trial) for trial in trials]
+        if failed:
+            tune = tune.model_copy(update={"sampler": "random"})
+    return dict(_memory(trials, tune, number, evaluations).ask(space.distributions(tune)).params)
+
+
+def _memory(trials: list[Any], tune: Tune, number: int, evaluations: int) -> optuna.Study:
+    """A study in memory with these trials: what samplers and pruners note down in it dies with the process."""
+    import optuna
+
     memory = optuna.create_study(
         study_name=STUDY,
         direction=tune.direction,
         sampler=make_sampler(tune, number),
         pruner=make_pruner(tune, evaluations),
     )
-    memory.add_trials(study.get_trials(deepcopy=False))
-    return dict(memory.ask(space.distributions(tune)).params)
+    memory.add_trials(trials)
+    return memory
 
 
-def _run_next(study: optuna.Study, tune: Tune, objective: Objective, limit: int) -> None:
+def _as_seen_by_gp(trial: optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
+    """A pruned trial as a complete one with its last intermediate value; any other as it is."""
+    import optuna
+
+    if trial.state != optuna.trial.TrialState.PRUNED or not trial.intermediate_values:
+        return trial
+    last = trial.intermediate_values[max(trial.intermediate_values)]
+    return optuna.create_trial(params=trial.params, distributions=trial.distributions, value=last)
+
+
+class _Run:
+    """The trial that is run now: durable in the journal, and judged by the pruner in memory.
+
+    The pruner's notes reach the journal when the trial ends. Were they written as they are made, a trial that is run
+    again would find the notes of the run that died, and would be judged otherwise.
+    """
+
+    def __init__(self, study: optuna.Study, tune: Tune, evaluations: int) -> None:
+        import optuna
+        from optuna.trial import TrialState
+
+        self.study = study
+        trials = study.get_trials(deepcopy=False)
+        left = [trial for trial in trials if trial.state == TrialState.RUNNING]
+        self.trial = optuna.Trial(study, left[0]._trial_id) if left else study.ask()
+        for key, distribution in space.distributions(tune).items():
+            self.trial._suggest(key, distribution)
+        done = [trial for trial in trials if trial.state.is_finished()]
+        memory = _memory(done, tune, self.trial.number, evaluations)
+        memory.enqueue_trial(self.trial.params)
+        self.judged = memory.ask(space.distributions(tune))
+        self.evaluated: list[int] = list(self.trial.user_attrs.get("evaluated", []))
+        self.known = dict(left[0].intermediate_values) if left else {}
+        attempts = self.trial.user_attrs.get("attempts", {})
+        again = attempts.get("after") == len(self.evaluated)
+        self.attempts = attempts.get("count", 0) + 1 if again else 1
+        self.trial.set_user_attr("attempts", {"count": self.attempts, "after": len(self.evaluated)})
+
+    def replay(self) -> None:
+        """Judge what a run that died has reported."""
+        for evaluation in sorted(self.known):
+            self._judge(evaluation, self.known[evaluation])
+
+    def report(self, step: int, value: float) -> None:
+        """Counted and not timed: trials with different batch sizes are compared after the same number of evaluations."""
+        if step in self.evaluated:
+            return
+        self.evaluated.append(step)
+        evaluation = len(self.evaluated)
+        self.trial.report(value, evaluation)
+        self.trial.set_user_attr("evaluated", self.evaluated)
+        if evaluation not in self.known:
+            self._judge(evaluation, value)
+
+    def _judge(self, evaluation: int, value: float) -> None:
+        import optuna
+
+        self.judged.report(value, evaluation)
+        if self.judged.should_prune():
+            raise optuna.TrialPruned(f"fell behind at evaluation {evaluation}")
+
+    def finish(self, state: str, value: float | None, reason: str, seconds: float) -> None:
+        """Write the outcome."""
+        from optuna.trial import TrialState
+
+        for key, note in self.judged.storage.get_trial_system_attrs(self.judged._trial_id).items():
+            if key != "fixed_params":
+                self.study._storage.set_trial_system_attr(self.trial._trial_id, key, note)
+        self.trial.set_user_attr("reason", reason)
+        self.trial.set_user_attr("seconds", seconds)
+        if state == "complete":
+            self.study.tell(self.trial, value)
+        else:
+            self.study.tell(self.trial, state=TrialState.PRUNED if state == "pruned" else TrialState.FAIL)
+
+
+def _run_next(study: optuna.Study, tune: Tune, objective: Objective, limit: int, evaluations: int) -> None:
     """Run the trial that is waiting, or the one that a dead process left running."""
     import optuna
-    from optuna.trial import TrialState
 
-    left = [trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.RUNNING]
-    if left:
-        trial = optuna.Trial(study, left[0]._trial_id)
-        for key, distribution in space.distributions(tune).items():
-            trial._suggest(key, distribution)
-    else:
-        trial = study.ask(space.distributions(tune))
-    evaluated: list[int] = list(trial.user_attrs.get("evaluated", []))
-    attempts = trial.user_attrs.get("attempts", {})
-    attempts = {"count": attempts.get("count", 0) + 1 if attempts.get("after") == len(evaluated) else 1}
-    trial.set_user_attr("attempts", attempts | {"after": len(evaluated)})
-    if attempts["count"] > MAX_ATTEMPTS:
-        reason = f"its process died {MAX_ATTEMPTS} times in a row (out of memory?)"
-        return _finish(study, trial, "failed", None, reason, 0.0, limit)
-
-    def report(step: int, value: float) -> None:
-        # Counted and not timed: trials with different batch sizes are compared after the same number of evaluations.
-        if step not in evaluated:
-            evaluated.append(step)
-            trial.set_user_attr("evaluated", evaluated)
-        trial.report(value, evaluated.index(step) + 1)
-        if trial.should_prune():
-            raise optuna.TrialPruned
-
+    run = _Run(study, tune, evaluations)
     clock = time.perf_counter()
-    value, reason = None, ""
+    value: float | None = None
     try:
-        value = float(objective(trial.number, dict(trial.params), report))
+        if run.attempts > MAX_ATTEMPTS:
+            raise RuntimeError(f"its process died {MAX_ATTEMPTS} times in a row (out of memory?)")
+        run.replay()
+        value = float(objective(run.trial.number, dict(run.trial.params), run.report))
         state = "complete" if math.isfinite(value) else "failed"
         reason = "" if state == "complete" else f"{DivergedError.__name__}: {tune.metric} is not finite"
-    except optuna.TrialPruned:
-        state, reason = "pruned", f"fell behind at evaluation {len(evaluated)}"
+    except optuna.TrialPruned as pruned:
+        state, reason = "pruned", str(pruned)
     except Preempted:
-        trial.set_user_attr("attempts", {})
+        run.trial.set_user_attr("attempts", {})
         raise
     except (SearchError, StorageError, ArtifactError):
         raise  # the machine or the data, not the values
     except Exception as error:
         state, reason = "failed", _reason(error)
-    return _finish(study, trial, state, value, reason, time.perf_counter() - clock, limit)
-
-
-def _finish(
-    study: optuna.Study, trial: optuna.Trial, state: str, value: float | None, reason: str, seconds: float, limit: int
-) -> None:
-    from optuna.trial import TrialState
-
-    trial.set_user_attr("reason", reason)
-    trial.set_user_attr("seconds", seconds)
-    if state == "complete":
-        study.tell(trial, value)
-    else:
-        study.tell(trial, state=TrialState.PRUNED if state == "pruned" else TrialState.FAIL)
-    shown = " ".join(f"{key}={space_value(item)}" for key, item in trial.params.items())
+    run.finish(state, value, reason, time.perf_counter() - clock)
+    shown = " ".join(f"{key}={_shown(item)}" for key, item in run.trial.params.items())
     outcome = f"{value:.4f}" if state == "complete" else f"{state} ({reason})"
-    say(f"trial {trial.number + 1}/{limit}: {outcome}  {shown}")
+    say(f"trial {run.trial.number + 1}/{limit}: {outcome}  {shown}")
 
 
-def space_value(value: Any) -> str:
+def _shown(value: Any) -> str:
     """A value of a dimension, short."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 

@@ -95,15 +95,22 @@ def configured(tune: Tune, tree: Mapping[str, Any]) -> Values | None:
         node: Any = tree
         for part in key.split("."):
             node = node.get(part) if isinstance(node, Mapping) else None
-        if not _contains(dimension, node):
+        if dimension.type == "categorical":
+            same = [
+                each for each in dimension.choices if each == node and isinstance(each, bool) == isinstance(node, bool)
+            ]
+            if not same:
+                return None
+            values[key] = same[0]
+        elif _contains(dimension, node):
+            values[key] = int(node) if dimension.type == "int" else float(node)
+        else:
             return None
-        values[key] = int(node) if dimension.type == "int" else float(node) if dimension.type == "float" else node
     return values
 
 
 def _contains(dimension: Dimension, value: Any) -> bool:
-    if dimension.type == "categorical":
-        return any(type(value) is type(choice) and value == choice for choice in dimension.choices)
+    """Whether a number is one of the values of an int or float dimension."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     low, high = _bounds(dimension)
