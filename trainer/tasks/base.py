@@ -138,7 +138,8 @@ class Task(ABC):
         count = self.num_examples(split)
         lengths = self.lengths(split)
         index = np.arange(count) if lengths is None else np.argsort(lengths, kind="stable")
-        device = next(model.parameters()).device
+        first = next(model.parameters(), None)
+        device = torch.device("cpu") if first is None else first.device
         total = torch.zeros(0, dtype=torch.float64)
         with evaluating(model):
             for start in range(shard[0] * batch_size, count, batch_size * shard[1]):
