@@ -75,7 +75,7 @@ def tfidf(dataset: Dataset) -> Baseline:
         name,
         start,
         TEXT_GRID,
-        lambda c: LogisticRegression(solver="liblinear", dual=True, C=c, tol=0.1),
+        lambda c: LogisticRegression(solver="liblinear", dual=True, C=c, tol=0.1, random_state=0),
         (features, *others),
         (np.asarray(train.labels)[index], np.asarray(val.labels)),
         dataset.spec.num_labels,
