@@ -11,15 +11,21 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 from trainer import plugins
 from trainer.errors import DataError
 
+if TYPE_CHECKING:
+    from concurrent.futures import ProcessPoolExecutor
+
 # Below this many bytes of raw data starting worker processes costs more than they save.
 SMALL_BYTES = 16 << 20
+# The same for kernels that only sort and copy.
+LIGHT_BYTES = 256 << 20
 
 
 def num_workers(workers: int) -> int:
@@ -39,29 +45,71 @@ def call(kernel: str, task: str) -> str:
         return json.dumps({"error": [error.message, error.hint]})
 
 
-def run(engine: str, workers: int, kernel: str, tasks: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The kernel's result for each task, in the order of the tasks.
+class Engine:
+    """Runs kernels; a context manager, because a process pool lives through all kernels of a run.
 
     Args:
-        engine: inline, pool, daft or ray.
-        workers: worker processes (ignored by inline).
-        kernel: `module:function`.
-        tasks: JSON objects.
-
-    Raises:
-        DataError: as the kernel raised it.
+        name: inline, pool, daft or ray.
+        workers: worker processes, 0 for one per core (ignored by inline).
     """
-    words = [json.dumps(task) for task in tasks]
-    chosen = "inline" if engine == "inline" or (len(tasks) <= 1 and engine != "ray") else engine
-    for text in _ENGINES[chosen](workers, kernel, words):
-        result = json.loads(text)
-        if "error" in result:
-            raise DataError(*result["error"])
-        yield result
 
+    def __init__(self, name: str, workers: int) -> None:
+        self.name, self.workers = name, num_workers(workers)
+        self._pool: ProcessPoolExecutor | None = None
 
-def _inline(workers: int, kernel: str, tasks: Sequence[str]) -> Iterator[str]:
-    return (call(kernel, task) for task in tasks)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def run(self, kernel: str, tasks: Sequence[dict[str, Any]], *, inline: bool = False) -> Iterator[dict[str, Any]]:
+        """The kernel's result for each task, in the order of the tasks.
+
+        Args:
+            kernel: `module:function`.
+            tasks: JSON objects.
+            inline: run in this process all the same.
+
+        Raises:
+            DataError: as the kernel raised it.
+        """
+        words = [json.dumps(task) for task in tasks]
+        # A cluster may hold what this machine cannot; else one task gains nothing from another process.
+        here = inline or self.name == "inline" or (len(tasks) <= 1 and self.name != "ray")
+        how = {"pool": self._on_pool, "daft": self._on_daft, "ray": self._on_ray}
+        results = (call(kernel, word) for word in words) if here else how[self.name](kernel, words)
+        for text in results:
+            result = json.loads(text)
+            if "error" in result:
+                raise DataError(*result["error"])
+            yield result
+
+    def _on_pool(self, kernel: str, tasks: Sequence[str]) -> Iterator[str]:
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor
+
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.workers, context, _watch_parent, (os.getpid(),))
+        futures = [self._pool.submit(call, kernel, task) for task in tasks]
+        for future in futures:
+            yield future.result()
+
+    def _on_daft(self, kernel: str, tasks: Sequence[str]) -> Iterator[str]:
+        return _with_daft(min(self.workers, len(tasks)), kernel, tasks)
+
+    def _on_ray(self, kernel: str, tasks: Sequence[str]) -> Iterator[str]:
+        # Daft calls home on import without this; trainer/__init__.py sets it too, for whoever comes first.
+        os.environ["DO_NOT_TRACK"] = "1"
+        import daft
+
+        with suppress(RuntimeError):  # the runner can be chosen once per process
+            daft.set_runner_ray(os.environ.get("RAY_ADDRESS"))
+        return _with_daft(self.workers, kernel, tasks)
 
 
 def _watch_parent(parent: int) -> None:
@@ -75,36 +123,7 @@ def _watch_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _pool(workers: int, kernel: str, tasks: Sequence[str]) -> Iterator[str]:
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
-    context = multiprocessing.get_context("spawn")
-    count = min(num_workers(workers), len(tasks))
-    with ProcessPoolExecutor(count, context, initializer=_watch_parent, initargs=(os.getpid(),)) as pool:
-        futures = [pool.submit(call, kernel, task) for task in tasks]
-        try:
-            for future in futures:
-                yield future.result()
-        finally:
-            for future in futures:
-                future.cancel()
-
-
-def _daft(workers: int, kernel: str, tasks: Sequence[str]) -> Iterator[str]:
-    return _with_daft(min(num_workers(workers), len(tasks)), kernel, tasks)
-
-
-def _ray(workers: int, kernel: str, tasks: Sequence[str]) -> Iterator[str]:
-    import daft
-
-    with suppress(RuntimeError):  # the runner can be chosen once per process
-        daft.set_runner_ray(os.environ.get("RAY_ADDRESS"))
-    return _with_daft(num_workers(workers), kernel, tasks)
-
-
 def _with_daft(workers: int, kernel: str, tasks: Sequence[str]) -> Iterator[str]:
-    # Daft calls home on import without this; trainer/__init__.py sets it too, for whoever comes first.
     os.environ["DO_NOT_TRACK"] = "1"
     import daft
 
@@ -124,11 +143,3 @@ def _with_daft(workers: int, kernel: str, tasks: Sequence[str]) -> Iterator[str]
         while following in waiting:
             yield waiting.pop(following)
             following += 1
-
-
-_ENGINES: dict[str, Callable[[int, str, Sequence[str]], Iterator[str]]] = {
-    "inline": _inline,
-    "pool": _pool,
-    "daft": _daft,
-    "ray": _ray,
-}

@@ -170,7 +170,9 @@ def parse_dvc(source: str) -> tuple[str, str, str]:
     """`dvc:REPO@REV:PATH` -> (repository, revision or "", path). The repository may hold `:` and `@`, the path neither."""
     repo, _, path = source.removeprefix("dvc:").rpartition(":")
     head, at, rev = repo.rpartition("@")
-    if at and head and "/" not in rev.partition(":")[0]:
+    # The @ of user@host comes before the path of a URL, or before the : of git@host:path, which no revision has.
+    is_user = "://" in head and "/" not in head.partition("://")[2]
+    if at and head and not is_user and ":" not in rev:
         repo = head
     else:
         rev = ""

@@ -64,57 +64,63 @@ def _run(params: Params, out: Path, work: Path) -> Result:
     names = [file.name for file in source.files]
     job = Job(data.model_dump(mode="json"), task, partitions, len(plan), names).save(work)
     chosen = "inline" if total <= engine.SMALL_BYTES and data.engine != "ray" else data.engine
-    runner = _Runner(chosen, data.workers, work)
     log.say("preprocess: reading", files=len(names), bytes=total, chunks=len(plan), engine=chosen)
-
-    num_read, dropped = _ingest(runner, plan, names, params)
-    if data.dedup.near and task != "image":
-        runner.all("near", [{"partition": part} for part in range(partitions)])
-    settled = runner.all("settle", [{"partition": part} for part in range(partitions)])
-    for result in settled:
-        dropped.update(result["dropped"])
-    job, label_counts = _choose(job, work, settled, dropped, params)
-    job.save(work)
-    spec, fast = _spec_and_tokenizer(job, work, params)
-    job.save(work)
-
-    extra = {"fast": fast, "dtype": pack.token_dtype(spec.vocab_size)}
-    packed = runner.all("pack", [{"partition": part, **extra} for part in range(partitions)])
-    counts = {name: _sum([result[name] for result in packed]) for name in SPLITS}
-    for name in SPLITS:
-        pack.write_split(work, out / name, partitions, counts[name], spec)
-    if job.labels is not None:
-        (out / "labels.json").write_text(json.dumps(job.labels, ensure_ascii=False, indent=1), encoding="utf-8")
-    if task != "image":
-        (out / "tokenizer.json").write_bytes((work / "tokenizer.json").read_bytes())
+    with engine.Engine(chosen, data.workers) as runs_on:
+        runner = _Runner(runs_on, work, total <= engine.LIGHT_BYTES)
+        num_read, dropped = _ingest(runner, plan, names, params)
+        parts: list[dict[str, Any]] = [{"partition": part} for part in range(partitions)]
+        if data.dedup.near and task != "image":
+            runner.all("near", parts)
+        settled = runner.all("settle", parts)
+        for result in settled:
+            dropped.update(result["dropped"])
+        job, label_counts = _choose(job, work, settled, dropped, params)
+        spec, fast = _spec_and_tokenizer(job.save(work), work, params)
+        extra = {"fast": fast, "dtype": pack.token_dtype(spec.vocab_size)}
+        packed = runner.all("pack", [{**part, **extra} for part in parts])
     meta: dict[str, Any] = {
         "spec": spec_meta(spec), "task": task, "source": data.source, "data_version": source.version,
-        "num_read": num_read, "kept": sum(each["rows"] for each in counts.values()),
-        "dropped": {reason: number for reason, number in sorted(dropped.items()) if number},
+        "num_read": num_read, "dropped": {reason: number for reason, number in sorted(dropped.items()) if number},
         "label_counts": label_counts,
-        **{key: {name: counts[name][key] for name in SPLITS} for key in ("rows", "tokens", "bytes")},
     }  # fmt: skip
-    if data.source.startswith("builtin:"):
-        meta |= builtin.describe()
-    _check_splits(meta, params)
-    (out / "card.md").write_text(card.render(meta), encoding="utf-8")
+    _write(out, work, job, packed, spec, meta, params)
     log.say("preprocess: done", read=num_read, kept=meta["kept"], **meta["rows"], labels=len(job.labels or []))
     metrics = {"rows": float(meta["kept"]), "dropped": float(num_read - meta["kept"])}
     return Result(metrics=metrics, meta={"dataset": meta})
 
 
+def _write(
+    out: Path, work: Path, job: Job, packed: list[dict[str, Any]], spec: Spec, meta: dict[str, Any], params: Params
+) -> None:
+    """Join the packed parts into the dataset folder; `meta` gets the counts of what is written."""
+    counts = {name: _sum([result[name] for result in packed]) for name in SPLITS}
+    meta |= {key: {name: counts[name][key] for name in SPLITS} for key in ("rows", "tokens", "bytes")}
+    meta["kept"] = sum(meta["rows"].values())
+    if params.data.source.startswith("builtin:"):
+        meta |= builtin.describe()
+    _check_splits(meta, params)
+    for name in SPLITS:
+        pack.write_split(work, out / name, job.partitions, counts[name], spec)
+    if job.labels is not None:
+        (out / "labels.json").write_text(json.dumps(job.labels, ensure_ascii=False, indent=1), encoding="utf-8")
+    if spec.task != "image":
+        (out / "tokenizer.json").write_bytes((work / "tokenizer.json").read_bytes())
+    (out / "card.md").write_text(card.render(meta), encoding="utf-8")
+
+
 class _Runner:
     """Runs kernels on tasks of this run."""
 
-    def __init__(self, name: str, workers: int, work: Path) -> None:
-        self.name, self.workers, self.work = name, workers, work
+    def __init__(self, runs_on: engine.Engine, work: Path, light_inline: bool) -> None:
+        self.engine, self.work = runs_on, work
+        self.inline = {"near", "settle"} if light_inline else set()
 
     def each(self, kernel: str, tasks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Results in the order of the tasks, as they come."""
         complete = [{"work": str(self.work.absolute()), **task} for task in tasks]
         with log.Progress(f"preprocess: {kernel}", len(tasks)) as progress:
-            results = engine.run(self.name, self.workers, f"trainer.data.kernels:{kernel}", complete)
-            for number, result in enumerate(results, 1):
+            name = f"trainer.data.kernels:{kernel}"
+            for number, result in enumerate(self.engine.run(name, complete, inline=kernel in self.inline), 1):
                 progress.update(number)
                 yield result
 
