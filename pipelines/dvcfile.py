@@ -123,8 +123,19 @@ def _entry(stage: Stage, overrides: list[str], paths: list[str]) -> dict[str, An
 
 
 def plots() -> list[dict[str, Any]]:
-    """What `dvc plots show` draws."""
-    return []
+    """What `dvc plots show` draws, from tables that the stage evaluate writes."""
+    learning, predictions = f"{OUT}/evaluation/learning.csv", f"{OUT}/evaluation/predictions.csv"
+    return [
+        {"training loss": {"x": "step", "y": {learning: "train_loss"}, "y_label": "loss"}},
+        {"validation loss": {"x": "step", "y": {learning: "val_loss"}, "y_label": "loss"}},
+        {
+            "confusion": {
+                "x": {predictions: "actual"},
+                "y": {predictions: "predicted"},
+                "template": "confusion",
+            }
+        },
+    ]
 
 
 def render(params: Params) -> str:
