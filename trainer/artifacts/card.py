@@ -125,9 +125,9 @@ def _training_data(dataset: Dataset) -> str:
         ("Dataset digest", f"`{dataset.manifest.digest}`"),
     ]
     rows += [(f"Rows, {_SPLIT_NAMES[split]}", f"{count:,}") for split, count in meta.get("rows", {}).items()]
-    rows += [(f"Rows dropped, {reason}", f"{count:,}") for reason, count in meta.get("dropped", {}).items()]
+    rows += [(f"Rows dropped, {_inline(reason)}", f"{count:,}") for reason, count in meta.get("dropped", {}).items()]
     if dataset.labels:
-        rows.append(("Labels", f"{len(dataset.labels)}: {', '.join(f'`{_inline(name)}`' for name in dataset.labels)}"))
+        rows.append(("Labels", f"{len(dataset.labels)}: {', '.join(f'`{_code(name)}`' for name in dataset.labels)}"))
     return _table(("", ""), rows)
 
 
@@ -148,8 +148,13 @@ def _cell(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """Text on one line that cannot end a code span or start HTML."""
-    return " ".join(text.split()).replace("`", "'").replace("<", "&lt;")
+    """Text on one line that cannot start a code span or HTML."""
+    return _code(text).replace("<", "&lt;")
+
+
+def _code(text: str) -> str:
+    """Text on one line that cannot end the code span it is put in, where everything else is literal."""
+    return " ".join(text.split()).replace("`", "'")
 
 
 def _fenced(text: str, language: str) -> str:
@@ -166,11 +171,11 @@ def _fill(texts: Mapping[str, str], dataset: Dataset) -> str:
 
 
 def _source(dataset: Dataset) -> str:
-    return _inline(str(dataset.meta.get("source", ""))) or "unknown"
+    return _code(str(dataset.meta.get("source", ""))) or "unknown"
 
 
 def _version(dataset: Dataset) -> str:
-    return _inline(str(dataset.meta.get("data_version", ""))) or "unknown"
+    return _code(str(dataset.meta.get("data_version", ""))) or "unknown"
 
 
 def _plain(value: Any) -> Any:

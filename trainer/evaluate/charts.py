@@ -1,6 +1,6 @@
 """Charts of the report as inline SVG: lines, calibration, differences with intervals, confusion matrix, pictures.
 
-Drawn in units of a CSS pixel at a width of 440, so that 12-unit text reads on a phone; colours come from custom
+Drawn in units of a CSS pixel at a width of 360, so that 12-unit text reads on a phone; colours come from custom
 properties of report.css, light and dark. All text is escaped here.
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-WIDTH, HEIGHT = 440, 240
-LEFT, RIGHT, TOP, BOTTOM = 50, 14, 12, 34
+WIDTH, HEIGHT = 360, 220
+LEFT, RIGHT, TOP, BOTTOM = 44, 14, 12, 34
 
 
 def esc(value: Any) -> str:
@@ -77,7 +77,7 @@ def legend(names: Sequence[str]) -> str:
 def calibration(bins: Sequence[Mapping[str, Any]]) -> str:
     """Accuracy in each bin of confidence, beside the diagonal on which a calibrated model lies."""
     size, left, bottom = 300, 50, 40
-    top, right = 12, 12
+    top, right = 12, 22
     width, height = size, size
 
     def at(x: float, y: float) -> tuple[float, float]:

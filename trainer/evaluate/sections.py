@@ -208,7 +208,7 @@ def models(judged: Judged) -> str:
         if not figures:
             continue
         note = figures.get("name", notes.get(name, ""))
-        title = name.replace("_", " ") if name != "xz" else "compressor"
+        title = {"xz": "compressor", "most_frequent": "floor"}.get(name, name)
         first = Markup(f'{esc(title)}<br><span class="muted small-text">{esc(note)}</span>')
         scores = (
             (number(figures["bits_per_byte"]), number(figures.get("perplexity"), 2))
@@ -307,7 +307,7 @@ def per_class(judged: Judged, dataset: Dataset) -> str:
     body = table(head, rows[:12])
     if len(rows) > 12:
         body += f"<details><summary>All {len(rows):,} labels</summary>{table(head, rows[:500])}</details>"
-    return section("Each label", body, "third")
+    return section("Each label", body, "two-thirds")
 
 
 def mistakes(judged: Judged, dataset: Dataset) -> str:
@@ -341,9 +341,9 @@ def confusion(judged: Judged, dataset: Dataset) -> str:
         note = f" Of {len(dataset.labels):,} labels, the {MAX_MATRIX} with the most mistakes."
     intro = (
         '<p class="muted small-text">Rows are the actual labels, columns what the candidate said; a cell is stronger the '
-        f"larger its share of the row.{note}</p>"
+        f'larger its share of the row.{note}<span class="narrow-only"> Scroll it sideways.</span></p>'
     )
-    return section("Confusion matrix", intro + charts.confusion(matrix, names))
+    return section("Confusion matrix", intro + charts.confusion(matrix, names), "two-thirds")
 
 
 def examples(judged: Judged, dataset: Dataset, count: int, seed: int) -> str:
