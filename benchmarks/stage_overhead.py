@@ -10,7 +10,9 @@ unfair to both; medians are reported. Goal: at most 1 s.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import statistics
 import subprocess
 import sys
@@ -36,9 +38,10 @@ def bare(source: Path, folder: Path) -> float:
 
     params = load(None, [f"data.source={source}", "data.tokenizer.vocab_size=300"])
     folder.mkdir()
-    start = time.perf_counter()
-    run(Call(params, {}, {"dataset": folder}, folder.with_name(f"{folder.name}-scratch")))
-    return time.perf_counter() - start
+    with contextlib.redirect_stdout(io.StringIO()):
+        start = time.perf_counter()
+        run(Call(params, {}, {"dataset": folder}, folder.with_name(f"{folder.name}-scratch")))
+        return time.perf_counter() - start
 
 
 def process(source: Path, folder: Path) -> float:

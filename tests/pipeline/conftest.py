@@ -15,10 +15,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # Small enough for seconds, real enough to learn something.
 SMALL = [
-    "data.max_rows=500", "data.min_label_rows=12", "data.tokenizer.vocab_size=1000", "data.max_length=128",
-    "train.epochs=3", "train.lr=2e-2", "train.threads=1", "model.buckets=4096", "model.dim=16",
-    "distill.student.buckets=2048", "distill.student.dim=8", "tune.trials=2", "tune.max_steps=8",
-    "evaluate.bootstrap=100", "evaluate.latency_runs=10", "quantize.torchao=false",
+    "data.max_rows=1500", "data.min_label_rows=20", "data.tokenizer.vocab_size=2000", "data.max_length=256",
+    "train.epochs=10", "train.lr=3e-2", "train.batch_size=32", "train.threads=1", "model.buckets=16384", "model.dim=32",
+    "distill.student.buckets=8192", "distill.student.dim=24", "tune.trials=2", "tune.epochs=1",
+    "evaluate.bootstrap=100", "evaluate.latency_runs=10", "quantize.torchao=false", "promote.alpha=0.99",
 ]  # fmt: skip
 GIT = ("-c", "user.name=a tester", "-c", "user.email=tester@localhost", "-c", "commit.gpgsign=false")
 
@@ -52,7 +52,7 @@ def make_project(folder: Path) -> None:
     run_in(folder, "millrace", "preset", "use", "text-classify")
     shutil.copyfile(ROOT / ".gitignore", folder / ".gitignore")
     # A small model need not beat the baseline; 4 is a refusal, which is an answer as well.
-    run_in(folder, "millrace", "run", *SMALL, "promote.alpha=0.99", code=None)
+    run_in(folder, "millrace", "run", *SMALL, code=None)
     assert (folder / "out" / "promotion" / "promotion.json").is_file(), (folder / "out" / "run.log").read_text()
     run_in(folder, "git", "add", "-A")
     run_in(folder, "git", *GIT, "commit", "-qm", "first run")

@@ -1,0 +1,127 @@
+"""Slow: whole presets as a stranger runs them, and what the README promises of each. Not part of `make test`."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.conftest import environment, run_in
+from trainer import presets
+from trainer.artifacts import manifest
+from trainer.registry import Registry
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.pipeline, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+def offline() -> list[str]:
+    """Words before a command that unplug the network, where this machine lets us."""
+    words = ["unshare", "--map-root-user", "--net"]
+    try:
+        subprocess.run([*words, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return words
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tracked files in a folder of their own, without git history."""
+    folder = tmp_path_factory.mktemp("clone") / "millrace"
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for name in listed:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def make(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    """`make` in a folder, with this environment for its .venv: its stamp says that it is set up."""
+    env = environment() | {"PYTHONPATH": str(folder)}
+    env.pop("OMP_NUM_THREADS")
+    settings = [f"VENV={sys.prefix}", f"PYTHON={sys.executable}"]
+    planned = subprocess.run(
+        ["make", "-n", *settings, *words], cwd=folder, env=env, capture_output=True, text=True, check=True
+    )
+    stamps = re.findall(r"^touch (\S+)$", planned.stdout, re.MULTILINE)
+    for stamp in stamps:
+        Path(stamp).touch()
+    try:
+        return subprocess.run(
+            [*offline(), "make", *settings, *words], cwd=folder, env=env, capture_output=True, text=True, timeout=1500
+        )
+    finally:
+        for stamp in stamps:
+            Path(stamp).unlink()
+
+
+def metrics_of(folder: Path) -> dict:
+    return json.loads((folder / "out/evaluation/metrics.json").read_text(encoding="utf-8"))
+
+
+def test_make_run_with_the_network_unplugged(clone: Path) -> None:
+    done = make(clone, "run")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    print(done.stdout[-2500:])
+    metrics = metrics_of(clone)
+    candidate, teacher, baseline = metrics["candidate"], metrics["teacher"], metrics["baseline"]
+    assert candidate["accuracy"] > baseline["accuracy"]
+    assert metrics["comparison"]["p_value"] < 0.01
+    assert metrics["gate"]["decision"] == "promoted"
+    assert metrics["student"]["num_parameters"] <= 0.5 * teacher["num_parameters"]
+    assert metrics["student"]["accuracy"] >= 0.97 * teacher["accuracy"]
+    assert candidate["accuracy"] >= metrics["student"]["accuracy"] - 0.005
+    assert candidate["bytes"] <= 0.35 * metrics["student"]["bytes"]
+    for name in ("dataset", "tuning", "model", "student", "quantized", "evaluation", "promotion"):
+        manifest.read(clone / "out" / name)
+    report = (clone / "out/evaluation/report.html").read_text(encoding="utf-8")
+    assert len(report) < 1_000_000
+    assert not re.search(r"""(?:src|href)=["']https?:""", report)
+    assert Registry(clone / "registry").champion("text-classify") is not None
+    again = make(clone, "run")
+    assert again.returncode == 0
+    assert ": started" not in again.stdout
+    assert "installing" not in again.stdout
+
+
+def test_make_alone_prints_the_targets(clone: Path) -> None:
+    done = subprocess.run(["make"], cwd=clone, capture_output=True, text=True, check=True)
+    assert {"make run", "make test"} <= set(re.findall(r"make \w+", done.stdout))
+
+
+def check_digits(metrics: dict) -> None:
+    folds = metrics["folds"] if "folds" in metrics else metrics.get("cross_validation")
+    assert folds, metrics.keys()
+    assert folds["accuracy"] >= 0.993
+
+
+def check_debian(metrics: dict) -> None:
+    assert metrics["candidate"]["accuracy"] > 0.760
+    assert metrics["candidate"]["macro_f1"] > 0.737
+    assert metrics["gate"]["decision"] == "promoted"
+
+
+def check_code(metrics: dict) -> None:
+    assert metrics["candidate"]["bits_per_byte"] < metrics["baseline"]["bits_per_byte"]
+
+
+CHECKS = {"digits": check_digits, "debian-sections": check_debian, "code-lm": check_code}
+
+
+@pytest.mark.parametrize("name", [name for name in presets.names() if name != presets.DEFAULT])
+def test_preset_keeps_its_promise(name: str, tmp_path: Path) -> None:
+    if name == "debian-sections" and not shutil.which("apt-cache"):
+        pytest.skip("no apt on this machine")
+    run_in(tmp_path, "millrace", "preset", "use", name)
+    done = run_in(tmp_path, "millrace", "run", code=None, deadline_s=1500)
+    print(done.stdout[-2500:])
+    assert done.returncode in (0, 4), done.stdout[-3000:] + done.stderr[-3000:]
+    if name in CHECKS:
+        CHECKS[name](metrics_of(tmp_path))

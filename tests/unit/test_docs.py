@@ -1,0 +1,128 @@
+"""Documentation that cannot drift: generated pages, links, the file tree, and a home for every command that is shown."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pipelines import docs
+from pipelines.cli import build_parser
+from trainer.__main__ import build_parser as build_stage_parser
+from trainer.config.load import parse_override, validate
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def commands() -> list[tuple[str, str]]:
+    """Page and line of each command in a ```sh block."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            found += [(page.name, line) for line in block.splitlines() if line.strip()]
+    return found
+
+
+COMMANDS = commands()
+
+
+@pytest.mark.parametrize("name", docs.PAGES)
+def test_generated_page_is_up_to_date(name: str) -> None:
+    assert (ROOT / name).read_text(encoding="utf-8") == docs.PAGES[name](), "run `make docs`"
+
+
+def test_commands_were_found() -> None:
+    assert {"README.md", "quickstart.md", "concepts.md"} <= {page for page, _ in COMMANDS}
+    assert len(COMMANDS) > 15
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS)
+def test_command_parses(page: str, line: str) -> None:
+    words = shlex.split(line.split("|")[-1])
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z0-9]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        assert words[1] in targets
+    elif words[0] == "millrace":
+        args = build_parser().parse_args(words[1:])
+        check_overrides(getattr(args, "overrides", []))
+    elif words[:3] == ["python", "-m", "trainer"]:
+        check_overrides(build_stage_parser().parse_args(words[3:]).overrides)
+    elif words[0] == "dvc":
+        assert words[1] in ("repro", "exp", "metrics", "plots")
+        if "-S" in words:
+            check_overrides([words[words.index("-S") + 1]])
+    else:
+        assert line == ". .venv/bin/activate", "a command that no test knows how to run"
+
+
+def check_overrides(words: list[str]) -> None:
+    tree: dict = {}
+    for word in words:
+        key, value = parse_override(word)
+        section, leaf = key.split(".")
+        tree.setdefault(section, {})[leaf] = value
+    validate(tree)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    broken = [
+        link
+        for link in re.findall(r"\]\(([^)#\s]+)", text)
+        if not link.startswith("http") and not (page.parent / link).exists()
+    ]
+    assert not broken
+
+
+def test_file_tree_of_the_readme_is_the_repositorys() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (tree,) = re.findall(r"```text\n(Makefile.*?)```", readme, re.DOTALL)
+    shown = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.strip()}
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("not a git clone")
+    there = {name.split("/")[0] for name in done.stdout.splitlines()}
+    assert shown <= there
+    folders = {name.split("/")[0] for name in done.stdout.splitlines() if "/" in name}
+    assert {name for name in folders if not name.startswith(".")} <= shown
+
+
+def test_makefile_targets_named_in_the_readme_exist() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^Makefile +the targets: (.*)$", readme, re.MULTILINE)
+    targets = re.findall(r"^([a-z0-9]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(line.split()) <= set(targets)
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
+
+
+def test_every_adr_has_its_parts_and_is_short() -> None:
+    for page in sorted((ROOT / "docs" / "adr").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        assert re.match(r"# \d+\. \S", text)
+        assert all(part in text for part in ("Status:", "## Context", "## Decision", "## Consequences")), page.name
+        assert len(text.splitlines()) <= 60
+
+
+def test_results_table_has_a_row_for_each_side() -> None:
+    metrics = {
+        "candidate": {"accuracy": 0.9, "macro_f1": 0.8, "bytes": 1_500_000, "latency_p50_ms": 0.5},
+        "teacher": {"accuracy": 0.91, "macro_f1": 0.81, "bytes": 9_000_000},
+        "baseline": {"name": "x", "accuracy": 0.7, "macro_f1": 0.6},
+    }
+    table = docs.results(metrics).splitlines()
+    assert table[0] == "|  | accuracy | macro-F1 | size | latency |"
+    assert table[2] == "| candidate | 0.9000 | 0.8000 | 1.5 MB | 0.50 ms |"
+    assert table[4] == "| baseline | 0.7000 | 0.6000 |  |  |"
+    assert len(table) == 5
+
+
+def test_licence_is_apache_2() -> None:
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in text
+    assert "END OF TERMS AND CONDITIONS" in text
