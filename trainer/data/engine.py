@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from trainer import plugins
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError, MillraceError, StorageError
+from trainer.storage import explained
 
 if TYPE_CHECKING:
     from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 SMALL_BYTES = 16 << 20
 # The same for kernels that only sort and copy.
 LIGHT_BYTES = 256 << 20
+
+
+# What a worker may report; exceptions themselves do not pass between processes unchanged.
+_ERRORS: dict[str, type[MillraceError]] = {kind.__name__: kind for kind in (ConfigError, DataError, StorageError)}
 
 
 def num_workers(workers: int) -> int:
@@ -38,11 +43,12 @@ def num_workers(workers: int) -> int:
 
 
 def call(kernel: str, task: str) -> str:
-    """Run a kernel on a task, both as JSON text. An error for the user becomes {"error": [message, hint]}."""
+    """Run a kernel on a task, both as JSON text. An error for the user becomes {"error": [class, message, hint]}."""
     try:
-        return json.dumps(plugins.load(kernel)(json.loads(task)))
-    except DataError as error:
-        return json.dumps({"error": [error.message, error.hint]})
+        with explained(kernel):
+            return json.dumps(plugins.load(kernel)(json.loads(task)))
+    except MillraceError as error:
+        return json.dumps({"error": [type(error).__name__, error.message, error.hint]})
 
 
 class Engine:
@@ -75,7 +81,7 @@ class Engine:
             inline: run in this process all the same.
 
         Raises:
-            DataError: as the kernel raised it.
+            MillraceError: as the kernel raised it.
         """
         words = [json.dumps(task) for task in tasks]
         # A cluster may hold what this machine cannot; else one task gains nothing from another process.
@@ -85,7 +91,8 @@ class Engine:
         for text in results:
             result = json.loads(text)
             if "error" in result:
-                raise DataError(*result["error"])
+                name, message, hint = result["error"]
+                raise _ERRORS.get(name, DataError)(message, hint)
             yield result
 
     def _on_pool(self, kernel: str, tasks: Sequence[str]) -> Iterator[str]:
