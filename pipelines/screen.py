@@ -85,7 +85,7 @@ class Board:
 
     def line(self, stage: str, text: str) -> None:
         """The running stage printed a line."""
-        text = _ESCAPES.sub("", text).strip()
+        text = _ESCAPES.sub("", text).rstrip()
         if not text:
             return
         if not self.live:
@@ -94,7 +94,7 @@ class Board:
         found = _PROGRESS.match(text)
         if found and int(found["total"]):
             self._share = min(int(found["done"]) / int(found["total"]), 1.0)
-            text = found["note"] or f"{found['done']}/{found['total']}"
+            text = found["note"].lstrip(": ") or f"{found['done']}/{found['total']}"
         self._note = text
         self._draw(stage)
 
@@ -177,9 +177,9 @@ def stage_summary(stage: str, out: Path = Path(OUT)) -> str:
     """A few words on what a stage made, from its artifact's manifest."""
     ports = {"preprocess": "dataset", "tune": "tuning", "train": "model", "distill": "student", "quantize": "quantized",
              "evaluate": "evaluation", "promote": "promotion"}  # fmt: skip
-    if stage not in ports:
+    found = read_json(out / ports[stage] / "manifest.json") if stage in ports else {}
+    if not found:
         return ""
-    found = read_json(out / ports[stage] / "manifest.json")
     meta, metrics = found.get("meta") or {}, (found.get("record") or {}).get("metrics") or {}
     try:
         if stage == "preprocess":
@@ -193,7 +193,7 @@ def stage_summary(stage: str, out: Path = Path(OUT)) -> str:
             return f"{verdict['decision']}: {verdict['model']} {verdict['version']}" if verdict else ""
         if stage == "evaluate":
             return _evaluation_summary(read_json(out / "evaluation" / "metrics.json"))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         return ""
     wanted = [
         name for name in ("val_accuracy", "val_bits_per_byte", "accuracy", "num_parameters", "bytes") if name in metrics

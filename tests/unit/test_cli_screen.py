@@ -1,0 +1,162 @@
+"""What `millrace run` shows, on a terminal and in a pipe."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from pipelines import screen
+
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return Terminal()
+
+
+def rows(stream: io.StringIO) -> list[str]:
+    """What stands in each redrawn row, without colours."""
+    return [ESCAPES.sub("", row) for row in re.split(r"[\r\n]", stream.getvalue()) if ESCAPES.sub("", row).strip()]
+
+
+def play(board: screen.Board) -> None:
+    board.skipped("raw")
+    board.skipped("preprocess")
+    board.start("train")
+    board.line("train", "train 30/120 loss 0.5 " + "and much more of it " * 10)
+    board.line("train", "\x1b[31ma line in red\x1b[0m")
+    board.tick("train")
+    board.done("train")
+    board.start("evaluate")
+    board.failed("evaluate", 3)
+    board.end()
+
+
+def test_no_row_is_wider_than_the_terminal(terminal: Terminal) -> None:
+    play(screen.Board(["raw", "preprocess", "train", "evaluate"], terminal))
+    assert rows(terminal)
+    assert max(map(len, rows(terminal))) <= 80
+
+
+def test_progress_of_a_stage_becomes_a_bar(terminal: Terminal) -> None:
+    play(screen.Board(["train"], terminal))
+    assert any("━━━━────────────" in row and "25%" in row and "loss 0.5" in row for row in rows(terminal))
+
+
+def test_the_cursor_comes_back(terminal: Terminal) -> None:
+    play(screen.Board(["train"], terminal))
+    written = terminal.getvalue()
+    assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l")
+
+
+def test_a_pipe_gets_plain_lines_and_every_line_of_a_stage() -> None:
+    stream = io.StringIO()
+    play(screen.Board(["raw", "preprocess", "train", "evaluate"], stream))
+    lines = stream.getvalue().splitlines()
+    assert "\x1b" not in stream.getvalue()
+    assert "train: started (3/4)" in lines
+    assert "train: a line in red" in lines
+    assert any(line.startswith("train: train 30/120 loss 0.5 and much more") for line in lines)
+    assert any("2 unchanged" in line and "raw, preprocess" in line for line in lines)
+    assert any("✗ evaluate" in line and "exit code 3" in line for line in lines)
+
+
+def test_no_color_is_respected(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert screen.Paint(terminal)("text", "green") == "text"
+    monkeypatch.delenv("NO_COLOR")
+    assert screen.Paint(terminal)("text", "green") != "text"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1 m 00 s"), (125, "2 m 05 s")],
+)
+def test_durations(value: float, text: str) -> None:
+    assert screen.seconds(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (123_456, "123 kB"), (1_340_000, "1.3 MB"), (5e9, "5.0 GB")],
+)
+def test_sizes(value: float, text: str) -> None:
+    assert screen.size(value) == text
+
+
+METRICS = {
+    "candidate": {"accuracy": 0.91234, "macro_f1": 0.88, "bytes": 1_612_000, "latency_p50_ms": 0.412, "name": "x"},
+    "teacher": {"accuracy": 0.92, "macro_f1": 0.89, "bytes": 16_780_000, "latency_p50_ms": 0.9},
+    "baseline": {"name": "TF-IDF (words, pairs) + logistic regression", "accuracy": 0.84, "macro_f1": 0.79},
+    "comparison": {"p_value": 1.234e-9},
+    "gate": {"decision": "promoted", "reason": "r"},
+}
+
+
+def finished(folder: Path, metrics: dict, **promotion: str) -> Path:
+    for name, content in (
+        ("evaluation/metrics.json", metrics),
+        (
+            "promotion/promotion.json",
+            {"model": "text-classify", "version": "v0002", "registry": "registry", **promotion},
+        ),
+    ):
+        (folder / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "out" / name).write_text(json.dumps(metrics if content is metrics else content), encoding="utf-8")
+    return folder
+
+
+def test_last_screen_says_what_was_made_how_good_it_is_and_what_next(tmp_path: Path) -> None:
+    reason = "7.23 points better (p < 0.0001) than the baseline, TF-IDF (words, pairs) + logistic regression; no champion yet"
+    finished(tmp_path, METRICS, decision="promoted", champion="v0002", reason=reason)
+    lines = screen.last_screen(tmp_path, screen.Paint(io.StringIO()), 200.0, 8)
+    text = "\n".join(lines)
+    assert max(map(len, lines)) <= 80
+    for expected in ("0.9123", "0.8400", "1.6 MB", "0.41 ms", "PROMOTED", "v0002", "1.2e-09", "3 m 20 s",
+                     "out/quantized", "out/evaluation/report.html", "predict", "report --open", "registry ls"):  # fmt: skip
+        assert expected in text
+    assert reason in " ".join(text.split())
+
+
+def test_last_screen_of_a_refusal_names_the_champion_that_stays(tmp_path: Path) -> None:
+    finished(tmp_path, METRICS, decision="refused", champion="v0001", reason="1.0 point worse")
+    text = "\n".join(screen.last_screen(tmp_path, screen.Paint(io.StringIO()), 2.0, 0))
+    assert "REFUSED" in text
+    assert "v0001" in text
+    assert "nothing has changed" in text
+
+
+def test_last_screen_of_a_language_model_shows_its_own_figures(tmp_path: Path) -> None:
+    metrics = {
+        "candidate": {"bits_per_byte": 1.5, "perplexity": 9.1, "bytes": 10},
+        "baseline": {"name": "5-gram", "bits_per_byte": 2.25},
+    }
+    finished(tmp_path, metrics, decision="promoted", champion="v0001", reason="r")
+    text = "\n".join(screen.last_screen(tmp_path, screen.Paint(io.StringIO()), 2.0, 1))
+    assert "bits/byte" in text
+    assert "1.5000" in text
+    assert "2.2500" in text
+    assert "accuracy" not in text
+
+
+@pytest.mark.parametrize(
+    "stage", ["preprocess", "tune", "train", "distill", "quantize", "evaluate", "promote", "raw", "new"]
+)
+def test_a_summary_never_fails_over_what_is_not_there(stage: str, tmp_path: Path) -> None:
+    assert screen.stage_summary(stage, tmp_path) in ("", "no search")
+    for name in ("dataset", "tuning", "model", "student", "quantized", "evaluation", "promotion"):
+        (tmp_path / name).mkdir()
+        for file in ("manifest.json", "best.json", "metrics.json", "promotion.json"):
+            (tmp_path / name / file).write_text('{"meta": {"rows": 3}, "record": null}', encoding="utf-8")
+    assert isinstance(screen.stage_summary(stage, tmp_path), str)
