@@ -175,6 +175,13 @@ def test_a_linked_artifact_folder_is_accepted(artifact, tmp_path):
     assert read(tmp_path / "link").digest == read(artifact).digest
 
 
+def test_a_link_inside_the_artifact_is_refused_although_its_content_is_right(tmp_path):
+    folder = make(tmp_path / "artifact", files={"a": b"1", "b": b"1"})
+    (folder / "b").unlink()
+    (folder / "b").symlink_to("a")
+    refused(folder, match="b: missing")
+
+
 def test_an_artifact_with_a_link_cannot_be_sealed(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path)
     with pytest.raises(ArtifactError, match="no symbolic links"):

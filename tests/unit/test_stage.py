@@ -276,6 +276,18 @@ def test_a_corrupted_remote_input_is_refused(tmp_path, source, remote):
         call(tmp_path, {"source": f"{remote}/source"})
 
 
+def test_what_another_process_sent_is_seen_although_listings_are_cached(tmp_path, source, bucket):
+    import fsspec
+
+    uri = f"{bucket}/{tmp_path.name}"
+    fs, path = storage.filesystem(uri)
+    fs.pipe_file(f"{path}/first", b"1")
+    assert len(fs.ls(path)) == 1
+    fsspec.filesystem("s3", skip_instance_cache=True).pipe_file(f"{path}/second/file", b"2")
+    assert len(fs.ls(path)) == 1, "nothing is cached: the test shows nothing"
+    assert (storage.fetch(f"{uri}/second", tmp_path / "cache") / "file").read_bytes() == b"2"
+
+
 def test_missing_remote_folders_and_buckets_are_explained(tmp_path, source, remote):
     with pytest.raises(StorageError, match="nothing there"):
         call(tmp_path, {"source": f"{remote}/nowhere"})
