@@ -119,10 +119,16 @@ def explain(place: Path, status: int, terminated: bool) -> MillraceError:
             return _rebuild(error)
     if terminated:
         return Preempted("train: SIGTERM before a checkpoint could be written", "run the same command again")
+    hint = "SIGKILL often means too little memory; the same command resumes from the newest checkpoint"
+    codes = _exit_codes(place)
+    # The agent ends the survivors of a dead rank by SIGTERM, and their collectives fail: any other signal is the cause.
+    for rank, code in sorted(codes.items()):
+        if code < 0 and code != -signal.SIGTERM:
+            return RankFailed(f"rank {rank} was ended by {signal.Signals(-code).name}", hint, 128 - code)
     for rank, error in sorted(found.items()):
         sys.stderr.write(f"rank {rank}: {error['message']}")
         return RankFailed(f"rank {rank}: an unexpected error", "see the traceback above", EXIT_FAILURE)
-    return _signalled(place, status)
+    return RankFailed(f"torchrun ended with status {status}", hint, 128 - status if status < 0 else status)
 
 
 def _rebuild(error: dict[str, Any]) -> MillraceError:
@@ -132,19 +138,13 @@ def _rebuild(error: dict[str, Any]) -> MillraceError:
     return rebuilt
 
 
-def _signalled(place: Path, status: int) -> MillraceError:
-    """The error for ranks that ended without a word."""
-    hint = "SIGKILL often means too little memory; the same command resumes from the newest checkpoint"
+def _exit_codes(place: Path) -> dict[int, int]:
+    """Exit status of the failed ranks, negative for a signal, as the agent wrote them."""
     try:
-        codes: dict[str, int] = json.loads((place / FAILURES).read_text(encoding="utf-8"))
+        codes = json.loads((place / FAILURES).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return RankFailed(f"torchrun ended with status {status}", hint, 128 - status if status < 0 else status)
-    # Survivors of a dead rank are ended by SIGTERM, so any other signal is the cause.
-    rank, code = min(codes.items(), key=lambda item: (item[1] in (-signal.SIGTERM, EXIT_FAILURE), int(item[0])))
-    if code < 0:
-        name = signal.Signals(-code).name
-        return RankFailed(f"rank {rank} was ended by {name}", hint, 128 - code)
-    return RankFailed(f"rank {rank} ended with status {code}", "see its output above", code or EXIT_FAILURE)
+        return {}
+    return {int(rank): int(code) for rank, code in codes.items()}
 
 
 def read_errors(place: Path) -> dict[int, dict[str, Any]]:

@@ -2,80 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-from trainer import log, models, tasks
-from trainer.artifacts.card import write_model_card
-from trainer.artifacts.dataset import Dataset
-from trainer.config import Params
-from trainer.config.load import with_values
-from trainer.errors import ArtifactError
 from trainer.stage import Call, Result
-from trainer.train.fit import fit
-from trainer.train.loop import history_lines
-from trainer.train.state import seed_all
-
-HISTORY = "history.jsonl"
 
 
 def run(call: Call) -> Result:
-    """Train in this process, or on `train.processes` local ranks under torchrun."""
+    """Train in this process, or on `train.processes` local ranks under torchrun.
+
+    Raises:
+        MillraceError: bad parameters or data, divergence, preemption, a dead rank.
+    """
+    # Each imports what it needs: a launcher has no use for torch.
     if call.params.train.processes > 1:
         from trainer.parallel.launch import launch
 
         return launch(call)
+    from trainer.train.produce import train
+
     return train(call)
-
-
-def train(call: Call) -> Result:
-    """Train in this process (a rank of the process group, where there is one); rank 0 writes the model folder."""
-    from torch import distributed
-
-    dataset = Dataset(call.inputs["dataset"])
-    params = tuned(call.params, call.inputs.get("tuning"))
-    task = tasks.build(params, dataset)
-    seed_all(params.train.seed)
-    model = models.build(params.model, dataset.spec)
-    num_parameters = models.num_parameters(model)
-    first = not distributed.is_initialized() or distributed.get_rank() == 0
-    if first:
-        log.say(f"train {params.model.name} on {task.num_examples('train')} examples", num_parameters=num_parameters)
-    fitted = fit(params, task, model, scratch=call.scratch)
-    metrics = fitted.metrics
-    if first:
-        folder = call.outputs["model"]
-        tokenizer = dataset.tokenizer_path if dataset.tokenizer_path.is_file() else None
-        models.save(folder, fitted.model, params.model, dataset.spec, dataset.labels, tokenizer, metrics)
-        (folder / HISTORY).write_text(history_lines(fitted.history), encoding="utf-8")
-        sections = {name: getattr(params, name).model_dump(mode="json") for name in ("task", "model", "train")}
-        title = f"{params.model.name} {params.task.name} model"
-        write_model_card(folder, title=title, dataset=dataset, metrics=metrics, params=sections, made_by="train")
-        rounded = {name: round(value, 4) for name, value in metrics.items()}
-        log.say(f"trained {fitted.steps} steps in {fitted.seconds:.1f} s, best at step {fitted.best_step}", **rounded)
-    meta = {
-        "task": params.task.name,
-        "num_parameters": num_parameters,
-        "data_version": dataset.meta.get("data_version", ""),
-        "val": metrics,
-        "steps": fitted.steps,
-        "best_step": fitted.best_step,
-    }
-    return Result(metrics=metrics, meta={"model": meta})
-
-
-def tuned(params: Params, tuning: Path | None) -> Params:
-    """The parameters with the best values of a search, if there was one.
-
-    Raises:
-        ArtifactError: best.json is missing or not what tune writes.
-    """
-    if tuning is None:
-        return params
-    path = tuning / "best.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))["params"]
-        assert isinstance(values, dict)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
-        raise ArtifactError(f"{path}: not the result of a search", "run the stage tune again") from None
-    return with_values(params, values) if values else params

@@ -38,7 +38,7 @@ def train(place: Path, rank: int) -> None:
     """Join the process group, train, and leave the result."""
     from trainer.parallel.group import process_group
     from trainer.train.device import choose
-    from trainer.train.stage import train
+    from trainer.train.produce import train
 
     spec = json.loads((place / SPEC).read_text(encoding="utf-8"))
     params = validate(spec["params"], "params")
