@@ -95,7 +95,7 @@ def serialise(model: onnx.ModelProto) -> bytes:
 
 
 def open_session(model: bytes | Path, threads: int = 0) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session on the CPU that says nothing and phones nowhere.
+    """An ONNX Runtime session on the CPU that says nothing; `trainer/__init__.py` has switched its telemetry off.
 
     Args:
         model: the file or its bytes.
@@ -104,8 +104,6 @@ def open_session(model: bytes | Path, threads: int = 0) -> onnxruntime.Inference
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(4)
-    with contextlib.suppress(AttributeError):
-        onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
