@@ -28,7 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 8192
-TRAIN_BYTES = 1024 * VOCAB_SIZE
+TRAIN_BYTES = 512 * VOCAB_SIZE
 _BLOCK = re.compile(r"^(?=(?:async )?def |class |@)", re.MULTILINE)
 
 

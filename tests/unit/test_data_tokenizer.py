@@ -107,7 +107,7 @@ def test_every_byte_can_be_encoded_when_trained_on_next_to_nothing() -> None:
 
 CHANGES = {
     "normalizer": {"normalizer": {"type": "Lowercase"}},
-    "prefix space": {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}},
+    "GPT-2's pattern": {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}},
     "whitespace": {"pre_tokenizer": {"type": "Whitespace"}},
     "no pre-tokenizer": {"pre_tokenizer": None},
 }
@@ -120,6 +120,8 @@ def test_tiktoken_does_not_stand_in_for_other_tokenizers(name: str) -> None:
 
 
 def test_disagreement_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained()
+    monkeypatch.setattr(tokenizer, "is_ours", lambda content: True)
     monkeypatch.setattr(tokenizer, "PATTERN", r"\S+|\s+")
     assert not tokenizer.fast_agrees(trained(), ["a text, with words"])
 

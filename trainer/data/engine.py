@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from concurrent.futures import ProcessPoolExecutor
 
 # Below this many bytes of raw data starting worker processes costs more than they save.
-SMALL_BYTES = 16 << 20
+SMALL_BYTES = 32 << 20
 # The same for kernels that only sort and copy.
 LIGHT_BYTES = 256 << 20
 

@@ -314,7 +314,7 @@ def _write_tokens(stem: Path, texts: pa.ChunkedArray, job: Job, task: Task) -> i
     """Write the token ids of some texts, and the number of each text's; returns the sum."""
     from trainer.data.tokenizer import load_encoder
 
-    encode = load_encoder(Path(task["work"]) / "tokenizer.json", task["fast"])
+    encode = load_encoder(Path(task["work"]) / "tokenizer.json", task["fast"], task["threads"])
     limit = job.config.max_length if job.task == "classify" else None
     tail = np.array([END] if job.task == "lm" else [], np.uint32)
     lengths = []

@@ -30,7 +30,7 @@ from trainer.stage import Call, Result
 # Raw bytes per partition: what one worker holds at a time when duplicates are removed and texts are tokenised.
 PARTITION_BYTES = 16 << 20
 # Text to train the tokenizer on, per token of the vocabulary: more changes few merges and takes its time.
-TOKENIZER_BYTES = 1024
+TOKENIZER_BYTES = 512
 _MALFORMED = "malformed:"
 
 
@@ -76,7 +76,8 @@ def _run(params: Params, out: Path, work: Path) -> Result:
             dropped.update(result["dropped"])
         job, label_counts = _choose(job, work, settled, dropped, params)
         spec, fast = _spec_and_tokenizer(job.save(work), work, params)
-        extra = {"fast": fast, "dtype": pack.token_dtype(spec.vocab_size)}
+        threads = engine.num_workers(data.workers) if chosen == "inline" else 1
+        extra = {"fast": fast, "dtype": pack.token_dtype(spec.vocab_size), "threads": threads}
         packed = runner.all("pack", [{**part, **extra} for part in parts])
     meta: dict[str, Any] = {
         "spec": spec_meta(spec), "task": task, "source": data.source, "data_version": source.version,
