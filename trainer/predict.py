@@ -210,16 +210,13 @@ def load_pictures(paths: Sequence[str], spec: Spec) -> np.ndarray:
     Raises:
         DataError: a file is missing or not a picture.
     """
-    from PIL import Image
+    from trainer.data.pictures import decode
 
-    mode = "L" if spec.image_channels == 1 else "RGB"
+    shape = (spec.image_channels, spec.image_size, spec.image_size)
     rows = []
-    for path in paths:
-        try:
-            with Image.open(path) as picture:
-                scaled = picture.convert(mode).resize((spec.image_size, spec.image_size), Image.Resampling.BILINEAR)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path}: not a picture that can be read: {error}", "give PNG or JPEG files") from None
-        array = np.asarray(scaled, np.float32) / 255.0
-        rows.append(array[None] if spec.image_channels == 1 else array.transpose(2, 0, 1))
-    return np.stack(rows) if rows else np.zeros((0, spec.image_channels, spec.image_size, spec.image_size), np.float32)
+    for path in map(Path, paths):
+        picture = decode(path.name, path.parent, spec.image_size, spec.image_channels)
+        if not isinstance(picture, bytes):
+            raise DataError(f"{path}: not a picture that can be read: it {picture.message}", "give PNG or JPEG files")
+        rows.append(np.frombuffer(picture, np.uint8).reshape(shape).astype(np.float32) / 255.0)
+    return np.stack(rows) if rows else np.zeros((0, *shape), np.float32)

@@ -8,7 +8,7 @@ table.json          one row per variant: bytes, latency, throughput, score on th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +117,7 @@ def variants(params: Params, task: Task, loaded: Loaded, fp32_bytes: int) -> tup
     failures: dict[str, str] = {}
     if config.enabled:
         batches = list(calibration(task, config.calibration_rows))
-        makers = {
+        makers: dict[str, Callable[[], Any]] = {
             "int8 onnx-dynamic": lambda: quantize.quantize_dynamic(exported),
             "int8 onnx-static": lambda: quantize.quantize_static(exported, batches),
         }
