@@ -30,7 +30,11 @@ def strings(values: Sequence[str]) -> pa.Array:
 
 
 def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of numbers as an array."""
-    parts = [np.frombuffer(chunk.buffers()[1], chunk.type.to_pandas_dtype(), len(chunk), chunk.offset * chunk.type.bit_width // 8)
-             for chunk in column.chunks if len(chunk)]  # fmt: skip
-    return np.concatenate(parts) if parts else np.empty(0, column.type.to_pandas_dtype())
+    """A column of uint64, int64 or int32, without nulls, as an array."""
+    dtype = np.dtype(str(column.type))
+    parts = [
+        np.frombuffer(chunk.buffers()[1], dtype, len(chunk), chunk.offset * dtype.itemsize)
+        for chunk in column.chunks
+        if len(chunk)
+    ]
+    return np.concatenate(parts) if parts else np.empty(0, dtype)
