@@ -119,7 +119,7 @@ def differences(rows: Sequence[tuple[str, Mapping[str, float]]], unit: str, scal
         return ""
     ends = [end * scale for _, each in rows for end in (each["low"], each["high"])]
     low, high = _span([*ends, 0.0])
-    row, left, right = 46, 10, 10
+    row, left, right = 46, 14, 14
 
     def at(value: float) -> float:
         return left + (WIDTH - left - right) * (value - low) / (high - low)

@@ -40,6 +40,7 @@ def build(call: Call, dataset: Dataset, judged: Judged, metrics: Mapping[str, An
     parts = (
         sections.models(judged),
         sections.comparisons(judged, metrics.get("champion")),
+        gate(metrics),
         sections.learning(call.inputs, judged.metric),
         sections.compression(call.inputs["quantized"]),
         sections.confusion(judged, dataset),
@@ -50,7 +51,6 @@ def build(call: Call, dataset: Dataset, judged: Judged, metrics: Mapping[str, An
         sections.code(judged, evaluate.examples),
         sections.data(dataset),
         sections.search(call.inputs),
-        gate(metrics),
         provenance(call),
     )
     gate_ = metrics["gate"]
@@ -121,7 +121,7 @@ def gate(metrics: Mapping[str, Any]) -> str:
             ("rows of it compared", f"{champion['rows']:,} ({champion['left_out']:,} left out as seen in training)")
         )
     items = "".join(f"<dt>{esc(name)}</dt><dd>{esc(value)}</dd>" for name, value in facts)
-    return section("Gate", f'<dl class="facts">{items}</dl>', "half")
+    return section("Gate", f'<dl class="facts">{items}</dl>')
 
 
 def provenance(call: Call) -> str:
@@ -149,9 +149,9 @@ def provenance(call: Call) -> str:
     )
     items = "".join(f"<dt>{esc(name)}</dt><dd>{esc(value)}</dd>" for name, value in facts)
     parameters = yaml.safe_dump(call.params.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    body = f'<div>{made}</div><div><dl class="facts">{items}</dl></div>'
     return section(
         "Where it comes from",
-        f'{made}<h3>Versions</h3><dl class="facts">{items}</dl>'
+        f'<div class="columns">{body}</div>'
         f'<details><summary>All parameters</summary><pre class="wrap">{esc(parameters)}</pre></details>',
-        "half",
     )

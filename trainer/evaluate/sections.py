@@ -63,7 +63,10 @@ def size(value: float) -> Number:
     """Bytes, for people."""
     if value < 10_000:
         return Number(f"{value:,.0f} B")
-    return Number(f"{value / 1e6:.2f} MB" if value >= 1e6 else f"{value / 1e3:.0f} kB")
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if value >= scale:
+            return Number(f"{value / scale:.2f} {unit}")
+    return Number(f"{value / 1e3:.0f} kB")
 
 
 def data(dataset: Dataset) -> str:
