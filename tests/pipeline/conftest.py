@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Small enough for seconds, real enough to learn something.
+# Small enough for seconds. Without a baseline, which wins on so few rows, the first candidate becomes champion.
 SMALL = [
-    "data.max_rows=1500", "data.min_label_rows=20", "data.tokenizer.vocab_size=2000", "data.max_length=256",
-    "train.epochs=10", "train.lr=3e-2", "train.batch_size=32", "train.threads=1", "model.buckets=16384", "model.dim=32",
-    "distill.student.buckets=8192", "distill.student.dim=24", "tune.trials=2", "tune.epochs=1",
-    "evaluate.bootstrap=100", "evaluate.latency_runs=10", "quantize.torchao=false", "promote.alpha=0.99",
+    "data.max_rows=600", "data.min_label_rows=12", "data.tokenizer.vocab_size=1000", "data.max_length=128",
+    "train.epochs=4", "train.lr=3e-2", "train.batch_size=32", "train.threads=1", "model.buckets=8192", "model.dim=32",
+    "distill.student.buckets=4096", "distill.student.dim=24", "tune.trials=2", "tune.epochs=1", "evaluate.bootstrap=100",
+    "evaluate.latency_runs=10", "evaluate.baseline=false", "quantize.torchao=false",
 ]  # fmt: skip
 GIT = ("-c", "user.name=a tester", "-c", "user.email=tester@localhost", "-c", "commit.gpgsign=false")
 
@@ -51,9 +51,7 @@ def make_project(folder: Path) -> None:
     run_in(folder, "git", "init", "-q", "-b", "main")
     run_in(folder, "millrace", "preset", "use", "text-classify")
     shutil.copyfile(ROOT / ".gitignore", folder / ".gitignore")
-    # A small model need not beat the baseline; 4 is a refusal, which is an answer as well.
-    run_in(folder, "millrace", "run", *SMALL, code=None)
-    assert (folder / "out" / "promotion" / "promotion.json").is_file(), (folder / "out" / "run.log").read_text()
+    run_in(folder, "millrace", "run", *SMALL)
     run_in(folder, "git", "add", "-A")
     run_in(folder, "git", *GIT, "commit", "-qm", "first run")
 
