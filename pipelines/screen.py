@@ -307,7 +307,7 @@ def last_screen(folder: Path, paint: Paint, took: float, ran: int) -> list[str]:
     ask = {"classify": '"some text"', "lm": '"def main("'}.get(str(task), "--file pictures.txt")
     lines += ["", f"  {paint('Next', 'bold')}"]
     lines += [
-        f"    {name} {words}" for words in (f"predict {ask}", "report --open", "registry ls", "run train.lr=2e-3")
+        f"    {name} {words}" for words in (f"predict {ask}", "report --open", "registry ls", "run train.epochs=10")
     ]
     return lines
 
