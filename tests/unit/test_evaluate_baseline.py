@@ -134,3 +134,32 @@ def test_positions_are_statements_of_real_files():
 
 def test_text_that_is_not_python_is_left_alone():
     assert codecheck.positions(["Once upon a time, there was", "a {b"], 5, 0) == []
+
+
+class Typist:
+    """Stands for a model: token by token it types a fixed continuation, or one that never ends its line."""
+
+    def __init__(self, tokenizer, line: str) -> None:
+        from trainer.artifacts.dataset import Spec
+
+        self.tokenizer, self.spec = tokenizer, Spec("lm", vocab_size=tokenizer.get_vocab_size(), max_length=512)
+        self.line = tokenizer.encode(line).ids
+        self.calls = 0
+
+    def logits(self, tokens):
+        found = np.zeros((*tokens.shape, self.spec.vocab_size), np.float32)
+        found[..., self.line[self.calls % len(self.line)]] = 1
+        self.calls += 1
+        return found
+
+
+@pytest.mark.parametrize(("line", "valid"), [("x = 1\n", 1.0), ("x = =\n", 0.0), ("word", 0.0)])
+def test_only_lines_that_end_and_parse_count_as_valid(tmp_path, line, valid):
+    from tokenizers import Tokenizer
+
+    dataset = tiny_dataset(tmp_path / "d", "lm", 40)
+    tokenizer = Tokenizer.from_file(str(dataset.tokenizer_path))
+    found = codecheck.check(Typist(tokenizer, line), dataset.split("train").texts(), 0, count=5)
+    assert found["lines"] == 5
+    assert found["valid"] == valid
+    assert found["exact"] == 0

@@ -23,7 +23,7 @@ from trainer.train.fit import fit
 QUICK = ["evaluate.bootstrap=200", "evaluate.latency_runs=10", "evaluate.examples=3", "promote.model=m"]
 FAMILIES = {
     "classify": ["model.name=ngram", "model.buckets=512", "model.dim=16", "train.lr=0.05", "train.epochs=6"],
-    "image": ["model.name=cnn", "model.width=8", "model.stages=1", "train.lr=0.01", "train.epochs=6", "distill.enabled=false"],
+    "image": ["model.name=cnn", "model.width=8", "model.stages=1", "train.lr=0.01", "train.epochs=2", "distill.enabled=false"],
     "lm": ["model.name=decoder", "model.dim=32", "model.layers=1", "model.heads=2", "model.kv_heads=1", "model.ff=32",
            "train.lr=0.01", "train.epochs=2", "train.batch_size=8", "distill.enabled=false"],
 }  # fmt: skip
@@ -246,6 +246,14 @@ def test_rows_of_the_champions_test_set_that_were_trained_on_do_not_count(classi
     assert metrics["gate"]["decision"] == "refused"
     assert "trained on every row" in metrics["gate"]["reason"]
     assert metrics["champion"]["left_out"] == len(classify.dataset.split("test"))
+
+
+def test_folds_are_trained_and_told(classify):
+    metrics = classify.evaluate("folds", "evaluate.baseline=false", "evaluate.folds=2", "train.epochs=2")
+    found = metrics["cross_validation"]
+    assert found["folds"] == len(found["accuracies"]) == 2
+    assert found["accuracy"] == pytest.approx(np.mean(found["accuracies"]))
+    assert "over 2 folds" in (classify.root / "folds" / "report.html").read_text()
 
 
 def test_a_model_of_other_data_is_an_error(classify, tmp_path):

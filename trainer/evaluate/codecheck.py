@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LINES = 32
 CONTEXT = 128
-MAX_TOKENS = 24
+MAX_TOKENS = 40
 # What may stand before or after a line that is the head of a block or a part of a compound statement.
 _SCAFFOLDS = (
     "{line}",
@@ -83,8 +83,11 @@ def positions(texts: Sequence[str], count: int, seed: int) -> list[tuple[str, st
     return found
 
 
-def complete_lines(predictor: Predictor, prefixes: Sequence[str]) -> list[str]:
-    """The rest of the line that each prefix stops in, chosen greedily; all prefixes go through the model together."""
+def complete_lines(predictor: Predictor, prefixes: Sequence[str]) -> list[tuple[str, bool]]:
+    """The rest of the line that each prefix stops in, chosen greedily, and whether it came to an end.
+
+    All prefixes go through the model together; a line has MAX_TOKENS tokens to end in.
+    """
     tokenizer = predictor.tokenizer
     tokenizer.no_truncation()
     size = min(CONTEXT, predictor.spec.max_length - 1)
@@ -111,7 +114,7 @@ def complete_lines(predictor: Predictor, prefixes: Sequence[str]) -> list[str]:
             if "\n" not in tokenizer.decode(made[i]):
                 still.append(i)
         open_ = still
-    return [tokenizer.decode(tokens).split("\n")[0] for tokens in made]
+    return [(tokenizer.decode(tokens).split("\n")[0], i not in open_) for i, tokens in enumerate(made)]
 
 
 def check(predictor: Predictor, texts: Sequence[str], seed: int, count: int = LINES) -> dict[str, Any]:
@@ -124,8 +127,10 @@ def check(predictor: Predictor, texts: Sequence[str], seed: int, count: int = LI
     found = positions(texts, count, seed)
     if len(found) < min(count, len(texts)) / 2:
         return {}
-    completed = complete_lines(predictor, [before for before, _ in found])
-    valid = [parses(line) for line in completed]
+    ended = complete_lines(predictor, [before for before, _ in found])
+    completed = [line for line, _ in ended]
+    # A line that goes on and on is not a valid one, even if what there is of it would parse.
+    valid = [done and parses(line) for line, done in ended]
     exact = [line.strip() == actual for line, (_, actual) in zip(completed, found, strict=True)]
     examples = [
         {"before": "\n".join(before.splitlines()[-4:]), "completed": line, "actual": actual, "valid": ok}

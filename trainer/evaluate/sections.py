@@ -263,15 +263,16 @@ def comparisons(judged: Judged, champion: Mapping[str, Any] | None) -> str:
         drawn.append((title, found[judged.metric]))
         cells = [_with_interval(found[key], scale, 3 if language else 2) for key in keys]
         p_value = "< 0.0001" if found["p_value"] < 1e-4 else f"{found['p_value']:.4f}"
-        rows.append((title, *cells, Number(p_value), found["test"]))
+        rows.append((title, *cells, Number(p_value)))
     level = f"{next(iter(pairs.values()))['confidence']:.0%}"
     heads = ("bits per byte",) if language else ("accuracy, points", "macro-F1, points")
     note = (
-        f'<p class="muted small-text">Each with its {level} interval by paired bootstrap; p-values are two-sided.</p>'
+        f'<p class="muted small-text">Each with its {level} interval by paired bootstrap; p is two-sided, by '
+        f"{esc(next(iter(pairs.values()))['test'])}.</p>"
     )
     body = (
         f"<div><h3>Difference in {esc(unit)}</h3>{charts.differences(drawn, unit, scale)}</div>"
-        f"<div>{table(('comparison', *heads, 'p', 'test'), rows)}{note}</div>"
+        f"<div>{table(('comparison', *heads, 'p'), rows)}{note}</div>"
     )
     return section("Is it more than chance?", f'<div class="columns">{body}</div>')
 
