@@ -58,6 +58,10 @@ def quantize_gathers(model: onnx.ModelProto) -> onnx.ModelProto:
             nodes.append(node)
             continue
         name = table.name
+        shared = _from_output_layer(node, graph, tables)
+        if shared:
+            nodes += shared
+            continue
         if name not in quantised:
             quantised.add(name)
             values, scales = quantize_rows(numpy_helper.to_array(table))
@@ -75,6 +79,34 @@ def quantize_gathers(model: onnx.ModelProto) -> onnx.ModelProto:
     graph.node.extend(nodes)
     _drop_unused(graph)
     return result
+
+
+def _from_output_layer(node: onnx.NodeProto, graph: onnx.GraphProto, tables: dict[str, Any]) -> list[onnx.NodeProto]:
+    """The Gather of a table that is also the output layer (tied embeddings), reading the output layer's uint8 matrix.
+
+    That matrix is (width, rows), with a scale and a zero point per row of the table; the table is not stored again.
+    """
+    from onnx import TensorProto, helper
+
+    matrix, scale, zero = (f"{node.input[0]}_t_{part}" for part in ("quantized", "scale", "zero_point"))
+    plain = [value.name for value in graph.input if len(value.type.tensor_type.shape.dim) == 2]
+    if not {matrix, scale, zero} <= set(tables) or node.input[1] not in plain or len(tables[zero].dims) != 1:
+        return []
+    out, index = node.output[0], node.input[1]
+    last = f"{out}_last"
+    return [
+        helper.make_node("Constant", [], [last], value_ints=[-1]),
+        helper.make_node("Gather", [matrix, index], [f"{out}_columns"], axis=1),
+        helper.make_node("Transpose", [f"{out}_columns"], [f"{out}_uint8"], perm=[1, 2, 0]),
+        helper.make_node("Cast", [f"{out}_uint8"], [f"{out}_float"], to=TensorProto.FLOAT),
+        helper.make_node("Gather", [zero, index], [f"{out}_zero_uint8"], axis=0),
+        helper.make_node("Cast", [f"{out}_zero_uint8"], [f"{out}_zero_flat"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", [f"{out}_zero_flat", last], [f"{out}_zero"]),
+        helper.make_node("Gather", [scale, index], [f"{out}_scale_flat"], axis=0),
+        helper.make_node("Unsqueeze", [f"{out}_scale_flat", last], [f"{out}_scale"]),
+        helper.make_node("Sub", [f"{out}_float", f"{out}_zero"], [f"{out}_centred"]),
+        helper.make_node("Mul", [f"{out}_centred", f"{out}_scale"], [out]),
+    ]
 
 
 def quantize_dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
