@@ -35,7 +35,7 @@ class CNN(nn.Module):
     def __init__(self, config: families.CNN, spec: Spec) -> None:
         super().__init__()
         width = config.width
-        self.stem = nn.Sequential(_conv(spec.image_channels, width), nn.ReLU())
+        self.stem = _conv(spec.image_channels, width)
         blocks: list[nn.Module] = []
         for _ in range(config.stages):
             blocks += [Block(width, width, 1), Block(width, 2 * width, 2)]
@@ -46,7 +46,9 @@ class CNN(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images float32 (batch, channels, height, width) in 0..1 to logits (batch, labels)."""
-        features = self.blocks(self.stem(images * 2 - 1)).mean(dim=(2, 3))
+        # Channels last: convolutions are nearly twice as fast on CPUs.
+        x = self.stem(images * 2 - 1).contiguous(memory_format=torch.channels_last)
+        features = self.blocks(torch.relu(x)).mean(dim=(2, 3))
         logits: Tensor = self.output(self.dropout(features))
         return logits
 
