@@ -177,7 +177,7 @@ def measure(command: list[str]) -> tuple[float, float, float]:
             peak = max(peak, sum(_resident(each) for each in [tree, *tree.children(recursive=True)]))
         except psutil.NoSuchProcess:
             pass
-        time.sleep(0.1)
+        time.sleep(0.5)
     wall = time.perf_counter() - start
     after = os.times()
     if process.returncode:

@@ -93,7 +93,7 @@ def command(source: Path, out: Path, *words: str) -> list[str]:
 
 def test_killed_at_any_moment_nothing_half_is_accepted_and_the_rerun_is_the_same(tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
-    source.write_bytes(b"\n".join(lines(20_000, length=20)))
+    source.write_bytes(b"\n".join(lines(6_000, length=20)))
     undisturbed = preprocess(tmp_path / "undisturbed", source, tokenizer={"vocab_size": 500}).manifest.digest
     out = tmp_path / "out" / "dataset"
     began = time.monotonic()
