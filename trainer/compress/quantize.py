@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.compress.export import INPUT, clean, quiet
+from trainer.compress.unfold import drop_unused, unfold
 
 if TYPE_CHECKING:
     import onnx
@@ -77,7 +78,7 @@ def quantize_gathers(model: onnx.ModelProto) -> onnx.ModelProto:
         ]
     del graph.node[:]
     graph.node.extend(nodes)
-    _drop_unused(graph)
+    drop_unused(graph)
     return result
 
 
@@ -174,10 +175,30 @@ def quantize_torchao(model: nn.Module) -> tuple[nn.Module, str]:
         quantize_(result, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda each, _: type(each) is nn.Linear)
         tables = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
         quantize_(result, tables, filter_fn=lambda each, _: type(each) is nn.Embedding)
+        _teach_torchao_embedding_bag()
     left = sorted(
         {type(each).__name__ for each in model.modules() if isinstance(each, nn.Conv1d | nn.Conv2d | nn.EmbeddingBag)}
     )
     return result, f"{', '.join(left)} stay float32" if left else ""
+
+
+def _teach_torchao_embedding_bag() -> None:
+    """Torchao 0.18 has a kernel for embedding but none for embedding_bag: do that on the float rows of the batch."""
+    import torch
+    from torch.nn.functional import embedding
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+
+    aten = torch.ops.aten
+
+    def bag(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        table, index, *rest = args
+        rows, place = torch.unique(index, return_inverse=True)
+        if len(rest) == 7 and rest[6] >= 0:  # padding_idx, as a number of the smaller table
+            found = (rows == rest[6]).nonzero()
+            rest[6] = int(found[0, 0]) if len(found) else -1
+        return func(embedding(rows, table), place, *rest, **kwargs)
+
+    IntxUnpackedToInt8Tensor.implements([aten._embedding_bag_forward_only.default, aten._embedding_bag.default])(bag)
 
 
 def tensor_bytes(model: nn.Module) -> int:
@@ -191,62 +212,6 @@ def tensor_bytes(model: nn.Module) -> int:
 
     seen: dict[int, Any] = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
     return sum(size(tensor) for tensor in seen.values())
-
-
-def unfold(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy with Gemm of a constant matrix as MatMul and Add, and constant transposes computed, which ORT can quantise."""
-    import onnx
-    from onnx import helper, numpy_helper
-
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    graph = result.graph
-    tables = {tensor.name: tensor for tensor in graph.initializer}
-
-    def transposed(name: str, order: list[int]) -> str:
-        new = f"{name}_t"
-        if new not in tables:
-            array = np.ascontiguousarray(numpy_helper.to_array(tables[name]).transpose(order))
-            tables[new] = numpy_helper.from_array(array, new)
-            graph.initializer.append(tables[new])
-        return new
-
-    nodes = []
-    for node in graph.node:
-        given = {each.name: helper.get_attribute_value(each) for each in node.attribute}
-        if node.op_type == "Transpose" and node.input[0] in tables and len(tables[node.input[0]].dims) == 2:
-            name = transposed(node.input[0], list(given.get("perm", [1, 0])))
-            nodes.append((node, name))
-            continue
-        plain = given.get("alpha", 1.0) == 1.0 and given.get("beta", 1.0) == 1.0 and not given.get("transA", 0)
-        if node.op_type == "Gemm" and node.input[1] in tables and plain:
-            matrix = transposed(node.input[1], [1, 0]) if given.get("transB", 0) else node.input[1]
-            out = node.output[0]
-            biased = len(node.input) > 2 and node.input[2]
-            nodes.append(
-                (helper.make_node("MatMul", [node.input[0], matrix], [f"{out}_product" if biased else out]), "")
-            )
-            if biased:
-                nodes.append((helper.make_node("Add", [f"{out}_product", node.input[2]], [out]), ""))
-            continue
-        nodes.append((node, ""))
-    renamed = {node.output[0]: name for node, name in nodes if name}
-    del graph.node[:]
-    for node, name in nodes:
-        if not name:
-            for index, each in enumerate(node.input):
-                node.input[index] = renamed.get(each, each)
-            graph.node.append(node)
-    _drop_unused(graph)
-    return result
-
-
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    """Remove initializers that no node reads."""
-    used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
 
 
 def _through_files(run: Any, model: onnx.ModelProto) -> onnx.ModelProto:

@@ -139,8 +139,8 @@ def variants(params: Params, task: Task, loaded: Loaded, fp32_bytes: int) -> tup
             model, note = quantize.quantize_torchao(loaded.model)
             figures = measure.measure(task, model)
             rows.append(measure.row("int8 torchao", quantize.tensor_bytes(model), figures, fp32, metric, note))
-        except ImportError as error:
-            failures["int8 torchao"] = f"not installed: {error}"
+        except Exception as error:  # not installed, or a kernel that torchao lacks
+            failures["int8 torchao"] = f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"
     for name, reason in failures.items():
         say(f"quantize: {name} left out: {reason}")
     if wanted in failures:
