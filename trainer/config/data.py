@@ -6,7 +6,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from trainer import plugins
 from trainer.config.base import Section, no_bool
+from trainer.config.names import one_of
 
 
 def known_encoding(name: str) -> str:
@@ -24,7 +26,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 class Task(Section):
     """What is learned from the data."""
 
-    name: Literal["classify", "lm", "image"] = "classify"
+    name: Annotated[str, AfterValidator(one_of(plugins.TASKS))] = "classify"
     """`classify` labels texts, `lm` predicts the next token, `image` labels pictures."""
 
 
