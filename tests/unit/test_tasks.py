@@ -127,13 +127,14 @@ def test_blocks_of_an_epoch_hold_texts_of_like_length(datasets):
 
 def test_augmented_pictures_are_the_pictures_moved(datasets):
     task, _ = build(datasets, "image")
-    batch = task.batch("train", np.arange(40))
-    moved = task.augment(batch, np.random.default_rng(3))
-    again = task.augment(batch, np.random.default_rng(3))
-    assert torch.equal(moved["inputs"], again["inputs"])
-    padded = torch.nn.functional.pad(batch["inputs"], (1, 1, 1, 1))
-    windows = [padded[:, :, i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
-    matches = torch.stack([(window == moved["inputs"]).flatten(1).all(1) for window in windows])
+    small = task.batch("train", np.arange(40))
+    assert task.augment(small, np.random.default_rng(3)) is small
+    images = torch.nn.functional.interpolate(small["inputs"], 16)
+    moved = task.augment({"inputs": images}, np.random.default_rng(3))["inputs"]
+    assert torch.equal(moved, task.augment({"inputs": images}, np.random.default_rng(3))["inputs"])
+    padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
+    windows = [padded[:, :, i : i + 16, j : j + 16] for i in range(3) for j in range(3)]
+    matches = torch.stack([(window == moved).flatten(1).all(1) for window in windows])
     assert matches.any(0).all()
     assert len(matches.int().argmax(0).unique()) > 3
 
