@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,7 +115,7 @@ def test_two_promoters_at_once_never_lose_or_overwrite_anything(tmp_path, held_o
 
 def test_killed_at_random_moments_it_stays_readable(tmp_path, held_out):
     chance = random.Random(3)
-    for kill in range(25):
+    for kill in range(12):
         process = start(tmp_path, held_out, f"k{kill}", 1000)
         try:
             time.sleep(chance.uniform(0.0, 0.06))
@@ -130,6 +131,51 @@ def test_killed_at_random_moments_it_stays_readable(tmp_path, held_out):
     registry = Registry(tmp_path / "registry")
     assert registry.champion("m").version == registry.versions("m")[-1].version
     assert not [path for path in (tmp_path / "registry/m/versions").iterdir() if path.name.startswith(".")]
+
+
+def killed_at(operation: int, work) -> bool:
+    """Run `work` in a child that kills itself before its n-th file operation; whether it came that far."""
+    child = os.fork()
+    if child == 0:
+        seen = 0
+
+        def hook(event: str, _: tuple) -> None:
+            nonlocal seen
+            if event == "open" or event.startswith(("os.", "shutil.")):
+                seen += 1
+                if seen == operation:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_killed_before_each_file_operation_it_stays_readable(tmp_path, held_out):
+    """Entering and promoting a candidate beside a champion, cut off at every single operation in turn."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.onnx").write_text(name)
+        manifest.seal(tmp_path / name, "model", {}, {})
+    Registry(tmp_path / "base").add("m", tmp_path / "first", held_out, {}, **FACTS)
+    Registry(tmp_path / "base").promote("m", "v0001", "", "r")
+    for operation in range(1, 400):
+        root = tmp_path / f"r{operation}"
+        shutil.copytree(tmp_path / "base", root)
+
+        def work(root: Path = root) -> None:
+            version = Registry(root).add("m", tmp_path / "second", held_out, {}, **FACTS)
+            Registry(root).promote("m", version.version, "v0001", "r")
+
+        killed = killed_at(operation, work)
+        check(root, tmp_path / "cache")
+        if not killed:
+            assert Registry(root).champion("m").version == "v0002"
+            break
+    assert 20 < operation < 399, "the kills did not reach from the first to the last operation"
 
 
 def test_a_full_disk_leaves_the_registry_as_it_was(tmp_path, held_out):

@@ -122,6 +122,18 @@ def test_promotion_needs_the_champion_it_was_compared_with(registry, tmp_path):
     assert registry.champion("m").version == "v0002"
 
 
+def test_of_many_creators_of_a_file_one_wins(registry):
+    """What the compare-and-swap rests on; the loser's content is nowhere to be seen."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    for number in range(5):
+        path = f"m/promotions/{number:06d}.json"
+        with ThreadPoolExecutor(6) as pool:
+            won = list(pool.map(lambda who, path=path: registry.store.create(path, f"{who}".encode() * 1000), range(6)))
+        assert won.count(True) == 1
+        assert registry.store.read(path) == f"{won.index(True)}".encode() * 1000
+
+
 def test_promoting_the_champion_again_changes_nothing(registry, tmp_path):
     enter(registry, tmp_path, "one")
     first = registry.promote("m", "v0001", "", "first")
