@@ -88,7 +88,7 @@ class LocalStore:
         temporary = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
         with storage.explained(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            sweep(target)
+            _sweep_files(target)
             try:
                 write_durably(temporary, content)
                 _link(temporary, target, content)
@@ -104,7 +104,7 @@ class LocalStore:
         target = self.root / path
         temporary = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
         with storage.explained(target):
-            sweep(target)
+            _sweep_files(target)
             try:
                 write_durably(temporary, content)
                 temporary.replace(target)
@@ -222,6 +222,21 @@ class ObjectStore:
             for name in sorted(files, key=lambda name: name == last):
                 self.fs.put_file(str(folder / name), f"{self.path}/{path}/{name}")
         return True
+
+
+def _sweep_files(target: Path) -> None:
+    """Remove temporary files beside `target` whose process, of this machine, is no longer alive."""
+    start = f".{target.name}.{socket.gethostname()}."
+    for path in target.parent.iterdir():
+        pid = path.name.removeprefix(start).split(".")[0]
+        if not path.name.startswith(start) or not pid.isdigit():
+            continue
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except (PermissionError, OverflowError):
+            continue
 
 
 def _link(temporary: Path, target: Path, content: bytes) -> None:
