@@ -110,7 +110,8 @@ def test_the_file_holds_no_trace_of_the_machine_and_is_the_same_everywhere(root,
         assert content == (folder / name).read_bytes()
         for trace in (str(root), str(tmp_path), "site-packages", ".py", "aten"):
             assert trace.encode() not in content
-    assert sorted(path.name for path in folder.iterdir()) == ["f", "q", "s"]  # no temporary file, no device id
+    left = {path.name for path in folder.rglob("*") if path.is_file()}  # torch makes an empty cache folder
+    assert left == {"f", "q", "s"}  # no temporary file, no telemetry session, no device id
 
 
 @settings(max_examples=80, deadline=None)
