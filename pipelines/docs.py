@@ -112,6 +112,12 @@ def results(metrics: dict[str, Any]) -> str:
         # Cells stand in columns 11 wide, see `screen.table`.
         cells = [row[:11].strip(), *(row[11 + 11 * i : 22 + 11 * i].strip() for i in range(len(titles) - 1))]
         lines.append("| " + " | ".join(cells) + " |")
+    found = metrics.get("comparison") or {}
+    if "p_value" in found:
+        lines += [
+            "",
+            f"Candidate against {found['name']}: p = {found['p_value']:.2g} ({found['test']}, {found['rows']:,} rows).",
+        ]
     return "\n".join(lines)
 
 
