@@ -92,7 +92,7 @@ def make_dataset(folder: Path) -> Path:
 
 def seconds(code: str, dataset: Path, out: Path) -> float:
     """Seconds from starting a process to the end of its first optimizer step."""
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code, str(dataset), str(out)], env=environment, capture_output=True)
     taken = time.perf_counter() - start

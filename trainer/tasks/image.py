@@ -1,12 +1,16 @@
-"""Classification of pictures, with small random shifts in training; a unit is a picture."""
+"""Classification of pictures, slightly turned, scaled and shifted in training; a unit is a picture."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+from torch.nn.functional import affine_grid, grid_sample
 
 from trainer.tasks.base import Batch
 from trainer.tasks.classify import LabelTask
+
+# Largest turn in radians, largest change of scale (as a logarithm), largest shift as a share of half the side.
+TURN, SCALE, SHIFT = 0.12, 0.08, 0.08
 
 
 class ImageClassify(LabelTask):
@@ -21,21 +25,14 @@ class ImageClassify(LabelTask):
         return {"inputs": images, "targets": torch.from_numpy(data.labels[index].astype(np.int64))}
 
     def augment(self, batch: Batch, rng: np.random.Generator) -> Batch:
-        """Shift each picture by up to a sixteenth of its side in both directions, filling with zeros.
+        """Turn, scale and shift each picture a little, with bilinear interpolation, filling with zeros.
 
-        Pictures below 16 pixels stay as they are: a whole pixel is much of them (on the 8 x 8 digits, shifting costs
-        0.8 points of accuracy).
+        Shifts are fractions of a pixel for small pictures: on the 8 x 8 digits, whole pixels cost 0.8 points of accuracy.
         """
         images = batch["inputs"]
-        reach = images.shape[-1] // 16
-        if reach == 0:
-            return batch
-        size = images.shape[-1]
-        padded = torch.nn.functional.pad(images, (reach, reach, reach, reach))
-        shift = rng.integers(0, 2 * reach + 1, (2, len(images)))
-        place = np.arange(size)
-        rows = torch.from_numpy(shift[0][:, None] + place)
-        columns = torch.from_numpy(shift[1][:, None] + place)
-        picture = torch.arange(len(images))[:, None, None]
-        shifted = padded.movedim(1, -1)[picture, rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()
-        return {**batch, "inputs": shifted}
+        angle, scale, right, down = rng.uniform(-1, 1, (4, len(images))) * np.array([[TURN], [SCALE], [SHIFT], [SHIFT]])
+        grow = np.exp(scale)
+        cosine, sine = grow * np.cos(angle), grow * np.sin(angle)
+        matrices = np.stack([np.stack([cosine, -sine, right], 1), np.stack([sine, cosine, down], 1)], 1)
+        grid = affine_grid(torch.from_numpy(matrices.astype(np.float32)), list(images.shape), align_corners=False)
+        return {**batch, "inputs": grid_sample(images, grid, mode="bilinear", align_corners=False)}
