@@ -263,6 +263,8 @@ def table(metrics: Mapping[str, Any]) -> list[str]:
     ][:5]
     lines = [" " * 11 + "".join(f"{title:>11}" for _, title in columns)]
     for name, row in rows:
+        if not any(isinstance(row.get(key), (int, float)) for key, _ in columns):
+            continue
         cells = "".join(f"{_cell(key, row.get(key)):>11}" for key, _ in columns)
         lines.append(f"{name:<11}{cells}".rstrip())
     return lines
@@ -315,12 +317,10 @@ def last_screen(folder: Path, paint: Paint, took: float, ran: int) -> list[str]:
 def _verdict(metrics: Mapping[str, Any]) -> str:
     comparison, name = metrics.get("comparison") or {}, (metrics.get("baseline") or {}).get("name", "")
     p_value = comparison.get("p_value")
-    text = f"baseline: {name}."
-    return (
-        f"{text} p = {p_value:.2g} that candidate and baseline are equally good."
-        if isinstance(p_value, float)
-        else text
-    )
+    text = f"The baseline is {name}."
+    if isinstance(p_value, float):
+        text += f" The candidate against it: p = {p_value:.2g} ({comparison.get('test', 'paired test')})."
+    return text
 
 
 def _wrap(text: str, indent: int) -> list[str]:
