@@ -11,21 +11,11 @@ passed over for the one before it.
 from __future__ import annotations
 
 import json
-import pickle
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from trainer import log, storage
 from trainer.artifacts import manifest
@@ -36,15 +26,6 @@ KIND = "checkpoint"
 STATE = "state.json"
 # Saving may take at most this share of the time; a preemption's save is exempt.
 SHARE = 0.02
-
-_SAFE = {
-    ("torch.distributed.checkpoint.metadata", "*"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
-}
 
 
 class Checkpoints:
@@ -82,6 +63,8 @@ class Checkpoints:
         """
         if self.folder is None or step == self._saved_step:
             return
+        from trainer.train.dcp import save_tensors  # heavy: imported when first needed, and not part of a save's cost
+
         start = time.monotonic()
         target = self.folder / f"step-{step:09d}"
         temporary = self.folder / f".tmp-{target.name}"
@@ -89,7 +72,7 @@ class Checkpoints:
         self._together(lambda: self._begin(temporary, plain, step))
         rng_file = temporary / f"rng-{self.ranks.rank:04d}.json"
         self._together(lambda: storage.write_atomic(rng_file, json.dumps(rng).encode()), anywhere=True)
-        _save_tensors(temporary, tensors, self.ranks)
+        save_tensors(temporary, tensors, self.ranks)
         self._together(lambda: self._finish(temporary, target, step))
         self._saved_step = step
         self._last_end = time.monotonic()
@@ -103,9 +86,11 @@ class Checkpoints:
         found = self.ranks.from_first(found)
         if found is None:
             return None
+        from trainer.train.dcp import load_tensors
+
         place = self.folder / found
         plain = json.loads((place / STATE).read_bytes())
-        tree = join(plain["tree"], _load_tensors(place))
+        tree = join(plain["tree"], load_tensors(place))
         self._saved_step = int(plain["step"])
         self._last_end = time.monotonic()
         rng = place / f"rng-{self.ranks.rank:04d}.json"
@@ -201,59 +186,3 @@ def join(plain: Any, tensors: dict[str, Tensor]) -> Any:
         return {key: join(item, tensors) for key, item in value}
     items = [join(item, tensors) for item in value]
     return items if kind == "list" else tuple(items)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """DCP warns that a single process is a single process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
-        yield
-
-
-def _save_tensors(place: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
-    try:
-        with _quiet():
-            # Files are synced when they are sealed.
-            dcp_save(dict(tensors), storage_writer=FileSystemWriter(place, sync_files=False), no_dist=ranks.size == 1)
-    except CheckpointException as error:
-        first = next(iter(error.failures.values()))[0]
-        reason = getattr(first, "strerror", None) or str(first)
-        raise StorageError(f"checkpoint {place}: {reason}", "free some space, or use another --scratch") from error
-
-
-def _load_tensors(place: Path) -> dict[str, Tensor]:
-    reader = SafeReader(place)
-    tensors: dict[str, Tensor] = {}
-    for name, entry in reader.read_metadata().state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            raise ArtifactError(f"{place}: holds {name!r}, which is not a tensor", "remove this checkpoint")
-        tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    with _quiet():
-        dcp_load(tensors, storage_reader=reader, no_dist=True)
-    return tensors
-
-
-class SafeReader(FileSystemReader):
-    """DCP's reader with an unpickler that knows DCP's own classes only."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The checkpoint's metadata.
-
-        Raises:
-            ArtifactError: the pickle names anything else.
-        """
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata: Metadata = _Unpickler(file).load()
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        """Import a class of the list; a dtype is found by its name in torch."""
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if "." in name or not (is_dtype or {(module, name), (module, "*")} & _SAFE):
-            raise ArtifactError(f".metadata names {module}.{name}, which DCP does not write", "remove this checkpoint")
-        return super().find_class(module, name)

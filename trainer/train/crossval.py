@@ -44,7 +44,7 @@ def cross_validate(params: Params, dataset: Dataset, folds: int) -> list[float]:
         update={"processes": 1, "eval_every": 10**9, "early_stopping": type(params.train.early_stopping)()}
     )
     recipe = params.model_copy(update={"train": quiet})
-    accuracies = []
+    accuracies: list[float] = []
     for held_out in stratified(np.asarray(merged.labels), folds, params.train.seed):
         kept = np.setdiff1d(np.arange(len(merged)), held_out)
         task = tasks.build(recipe, _Folded(dataset, {"train": take(merged, kept), "val": take(merged, held_out)}))

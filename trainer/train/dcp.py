@@ -1,0 +1,96 @@
+"""The tensors of a checkpoint as torch DCP shards, read without trusting its pickle."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from trainer.errors import ArtifactError, StorageError
+from trainer.parallel.group import Ranks
+
+_SAFE = {
+    ("torch.distributed.checkpoint.metadata", "*"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DCP warns that a single process is a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
+        yield
+
+
+def save_tensors(place: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
+    """Write named tensors, equal on every rank, as shards; each rank writes a share.
+
+    Raises:
+        StorageError: they could not be written.
+    """
+    try:
+        with _quiet():
+            # Files are synced when they are sealed.
+            dcp_save(dict(tensors), storage_writer=FileSystemWriter(place, sync_files=False), no_dist=ranks.size == 1)
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        reason = getattr(first, "strerror", None) or str(first)
+        raise StorageError(f"checkpoint {place}: {reason}", "free some space, or use another --scratch") from error
+
+
+def load_tensors(place: Path) -> dict[str, Tensor]:
+    """Read all tensors of a checkpoint whose digests were checked.
+
+    Raises:
+        ArtifactError: it holds something else than tensors.
+    """
+    reader = SafeReader(place)
+    tensors: dict[str, Tensor] = {}
+    for name, entry in reader.read_metadata().state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            raise ArtifactError(f"{place}: holds {name!r}, which is not a tensor", "remove this checkpoint")
+        tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    with _quiet():
+        dcp_load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+class SafeReader(FileSystemReader):
+    """DCP's reader with an unpickler that knows DCP's own classes only."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The checkpoint's metadata.
+
+        Raises:
+            ArtifactError: the pickle names anything else.
+        """
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata: Metadata = _Unpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """Import a class of the list; a dtype is found by its name in torch."""
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if "." in name or not (is_dtype or {(module, name), (module, "*")} & _SAFE):
+            raise ArtifactError(f".metadata names {module}.{name}, which DCP does not write", "remove this checkpoint")
+        return super().find_class(module, name)
