@@ -35,6 +35,8 @@ class NgramBag(Family):
     """Width of the hidden layer; 0 has none."""
     dropout: Dropout = 0.2
     """Dropout on the pooled vector."""
+    ngram_dropout: Dropout = 0.0
+    """Share of the n-grams left out of each training text."""
 
 
 class TextCNN(Family):

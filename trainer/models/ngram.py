@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding_bag, pad
 
 from trainer.artifacts.dataset import PAD, Spec
 from trainer.config.model import NgramBag as Config
@@ -27,9 +28,11 @@ class NgramBag(nn.Module):
         self.buckets = config.buckets
         # Row 0 belongs to padding: it is zero, has no gradient and so adds nothing to a sum.
         self.table = nn.Embedding(config.buckets, config.dim, padding_idx=PAD)
-        nn.init.normal_(self.table.weight, std=0.1)
+        # Small beside what training adds: rows that few texts use would otherwise drown the mean in noise.
+        nn.init.normal_(self.table.weight, std=0.02)
         with torch.no_grad():
             self.table.weight[PAD].zero_()
+        self.ngram_dropout = config.ngram_dropout
         self.dropout = nn.Dropout(config.dropout)
         self.hidden = nn.Linear(config.dim, config.hidden) if config.hidden else None
         self.output = nn.Linear(config.hidden or config.dim, num_labels)
@@ -40,7 +43,7 @@ class NgramBag(nn.Module):
         for order in self.orders:
             hashed, last = tokens, tokens
             for shift in range(1, order):
-                last = torch.nn.functional.pad(tokens[:, shift:], (0, shift))
+                last = pad(tokens[:, shift:], (0, shift))
                 hashed = (hashed * BASE + last + 1) % PRIME
             bucket = 1 + (hashed * MIX + order) % PRIME % (self.buckets - 1)
             rows.append(torch.where(last != PAD, bucket, torch.zeros_like(bucket)))
@@ -49,7 +52,13 @@ class NgramBag(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens int64 (batch, length), padded with 0 at the end to logits (batch, labels)."""
         rows = self.ngrams(tokens)
-        total = self.table(rows).sum(dim=1)
+        if self.training and self.ngram_dropout:
+            rows = rows * (torch.rand(rows.shape, device=rows.device) >= self.ngram_dropout)
+        # ONNX has no embedding bag, and neither have quantised or sharded tables, which are subclasses of a parameter.
+        if torch.compiler.is_exporting() or type(self.table.weight) is not nn.Parameter:
+            total = self.table(rows).sum(dim=1)
+        else:
+            total = embedding_bag(rows, self.table.weight, mode="sum", padding_idx=PAD)
         count = (rows != PAD).sum(dim=1, keepdim=True).clamp(min=1)
         pooled = self.dropout(total / count)
         if self.hidden is not None:
