@@ -50,18 +50,39 @@ def machine(train: Train) -> Iterator[torch.device]:
     strict = torch.are_deterministic_algorithms_enabled()
     memory: Any = torch.utils.deterministic
     fill = memory.fill_uninitialized_memory
+    if not train.compile:
+        leave_compiler_out()
     torch.set_num_threads(train.threads or max(1, num_cores() // train.processes))
     if train.deterministic:
         # cuBLAS reads this when it starts; without it, deterministic mode refuses to multiply matrices.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        set_deterministic(True, train.compile)
         memory.fill_uninitialized_memory = False
     try:
         yield choose(train.device)
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(strict)
+        set_deterministic(strict, train.compile)
         memory.fill_uninitialized_memory = fill
+
+
+def set_deterministic(mode: bool, compiled: bool) -> None:
+    """`torch.use_deterministic_algorithms`, which imports torch's compiler (2 s) to tell it too, only if it is used."""
+    if compiled:
+        torch.use_deterministic_algorithms(mode)
+    else:
+        torch._C._set_deterministic_algorithms(mode, warn_only=False)
+
+
+def leave_compiler_out() -> None:
+    """Have optimizers not import torch's compiler, half of a cold start, just to exempt their methods from it.
+
+    `torch._compile._disable_dynamo` makes the exempted function at the first call and keeps it as this attribute.
+    """
+    for method in vars(torch.optim.Optimizer).values():
+        code = getattr(method, "__code__", None)
+        if code is not None and code.co_filename == torch._compile.__file__:
+            method.__wrapped__.__dict__.setdefault("__dynamo_disable", method.__wrapped__)
 
 
 def autocast(train: Train, device: torch.device) -> AbstractContextManager[object]:

@@ -6,6 +6,7 @@ matrices only. The peak rate of each parameter group is kept as `initial_lr`; th
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,19 +38,42 @@ def groups(named: Named, weight_decay: float) -> list[dict[str, Any]]:
     return [part for part in parts if part["params"]]
 
 
+class _WithoutCompiler(torch.optim.Optimizer):
+    """A mixin whose step is the optimizer's own, without the wrapper that imports torch's compiler (2 s of a cold start).
+
+    That wrapper only serves differentiable and compiled optimizers, which these are not.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        inspect.unwrap(super().step.__func__)(self)  # type: ignore[attr-defined]
+
+
+class _SGD(_WithoutCompiler, torch.optim.SGD):
+    pass
+
+
+class _Adam(_WithoutCompiler, torch.optim.Adam):
+    pass
+
+
+class _AdamW(_WithoutCompiler, torch.optim.AdamW):
+    pass
+
+
 def sgd(named: Named, train: Train) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum where `train.momentum` is not 0."""
     parts = groups(named, train.weight_decay)
-    return torch.optim.SGD(parts, lr=train.lr, momentum=train.momentum, nesterov=train.momentum > 0, foreach=True)
+    return _SGD(parts, lr=train.lr, momentum=train.momentum, nesterov=train.momentum > 0, foreach=True)
 
 
 def adam(named: Named, train: Train) -> torch.optim.Optimizer:
     """Adam (Kingma and Ba 2015); its weight decay is an L2 penalty inside the gradient."""
     parts = groups(named, train.weight_decay)
-    return torch.optim.Adam(parts, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
+    return _Adam(parts, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
 
 
 def adamw(named: Named, train: Train) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019): decoupled weight decay."""
     parts = groups(named, train.weight_decay)
-    return torch.optim.AdamW(parts, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
+    return _AdamW(parts, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
