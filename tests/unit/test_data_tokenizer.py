@@ -135,3 +135,16 @@ def test_a_users_tokenizer_is_checked(name: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(DataError, match=r"data\.tokenizer\.path"):
         tokenizer.read(tmp_path / "tokenizer.json")
+
+
+def test_a_word_has_the_same_tokens_wherever_it_stands_and_however_it_is_written() -> None:
+    from tokenizers import Tokenizer
+
+    folded = tokenizer.train(corpus(), 600, lowercase=True, prefix_space=True)
+    first, last, shouted, empty = tokenizer._plain_encoder(folded)(["return", "a return", "RETURN", ""])
+    assert Tokenizer.from_str(folded).decode(list(first)) == " return"
+    assert list(first) == list(shouted) == list(last)[-len(first) :]
+    assert len(empty) == 0
+    plain, shouted = tokenizer._plain_encoder(tokenizer.train(corpus(), 600))(["return", "RETURN"])
+    assert list(plain) != list(shouted)
+    assert not tokenizer.fast_agrees(folded, ["Return"])

@@ -153,3 +153,14 @@ def test_onnx_export_agrees_for_other_batches_and_lengths(name, tmp_path):
         other[0, 20:] = 0
     (found,) = session.run(None, {"inputs": other.numpy()})
     np.testing.assert_allclose(found, model(other).detach().numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_sqrtn_is_the_sum_over_the_root_of_the_number_of_ngrams():
+    family, _, _ = FAMILIES["ngram"]
+    mean, sqrtn = (models.build(family(name="ngram", combiner=how), TEXT).eval() for how in ("mean", "sqrtn"))
+    sqrtn.load_state_dict(mean.state_dict())
+    tokens = inputs(TEXT)
+    tokens[1, 4:] = 0
+    count = (mean.ngrams(tokens) != 0).sum(1, keepdim=True)
+    bias = mean.output.bias
+    torch.testing.assert_close(sqrtn(tokens) - bias, (mean(tokens) - bias) * count.sqrt())

@@ -90,6 +90,10 @@ class Tokenizer(Section):
     """Number of tokens, special tokens included."""
     path: str = ""
     """Use this tokenizer.json instead of training one; empty trains one."""
+    lowercase: bool = False
+    """Lower-case texts first; the served model does so too."""
+    prefix_space: bool = False
+    """Put a space before each text, so that its first word has the same tokens as anywhere else."""
 
 
 class Data(Section):

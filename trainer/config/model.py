@@ -37,6 +37,8 @@ class NgramBag(Family):
     """Dropout on the pooled vector."""
     ngram_dropout: Dropout = 0.0
     """Share of the n-grams left out of each training text."""
+    combiner: Literal["mean", "sqrtn"] = "mean"
+    """The sum of the n-grams' embeddings is divided by their number (mean) or by its square root (sqrtn)."""
 
 
 class TextCNN(Family):

@@ -266,7 +266,10 @@ def _spec_and_tokenizer(job: Job, work: Path, params: Params) -> tuple[Spec, boo
     if data.tokenizer.path:
         content, vocab_size = tokenizer.read(storage.local_path(data.tokenizer.path))
     else:
-        content = tokenizer.train(_train_texts(job, work), data.tokenizer.vocab_size)
+        config = data.tokenizer
+        content = tokenizer.train(
+            _train_texts(job, work), config.vocab_size, lowercase=config.lowercase, prefix_space=config.prefix_space
+        )
         vocab_size = len(json.loads(content)["model"]["vocab"])
     (work / "tokenizer.json").write_text(content, encoding="utf-8")
     sample = list(itertools.islice(_train_texts(job, work), 200))

@@ -25,11 +25,18 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"""
 Encode = Callable[[list[str]], Iterator[np.ndarray]]
 
 
-def train(texts: Iterable[str], vocab_size: int) -> str:
-    """Train a tokenizer; returns tokenizer.json. Ids 0 and 1 are SPECIAL_TOKENS, which no text is ever encoded to."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+def train(texts: Iterable[str], vocab_size: int, lowercase: bool = False, prefix_space: bool = False) -> str:
+    """Train a tokenizer; returns tokenizer.json. Ids 0 and 1 are SPECIAL_TOKENS, which no text is ever encoded to.
+
+    What is to be done to a text before (lower-casing, a space in front) is part of tokenizer.json, so that every
+    reader of it does the same.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
+    before = [normalizers.Lowercase()] * lowercase + [normalizers.Prepend(" ")] * prefix_space
+    if before:
+        tokenizer.normalizer = normalizers.Sequence(before)
     pieces = pre_tokenizers.Split(Regex(PATTERN), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, byte_level])

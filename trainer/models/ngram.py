@@ -20,7 +20,7 @@ MIX = 1_540_483_477
 
 
 class NgramBag(nn.Module):
-    """tokens (batch, length) -> logits (batch, labels): mean of the n-grams' embeddings, then a small network."""
+    """tokens (batch, length) -> logits (batch, labels): the n-grams' embeddings, pooled, then a small network."""
 
     def __init__(self, config: Config, num_labels: int) -> None:
         super().__init__()
@@ -28,8 +28,9 @@ class NgramBag(nn.Module):
         self.buckets = config.buckets
         # Row 0 belongs to padding: it is zero, has no gradient and so adds nothing to a sum.
         self.table = nn.Embedding(config.buckets, config.dim, padding_idx=PAD)
-        # Small beside what training adds: rows that few texts use would otherwise drown the mean in noise.
-        nn.init.normal_(self.table.weight, std=0.02)
+        self.combiner = config.combiner
+        # Small beside what training adds: rows that few texts use would otherwise drown the others in noise.
+        nn.init.normal_(self.table.weight, std=0.02 if config.combiner == "mean" else 0.003)
         with torch.no_grad():
             self.table.weight[PAD].zero_()
         self.ngram_dropout = config.ngram_dropout
@@ -60,7 +61,7 @@ class NgramBag(nn.Module):
         else:
             total = embedding_bag(rows, self.table.weight, mode="sum", padding_idx=PAD)
         count = (rows != PAD).sum(dim=1, keepdim=True).clamp(min=1)
-        pooled = self.dropout(total / count)
+        pooled = self.dropout(total / (count if self.combiner == "mean" else count.to(total.dtype).sqrt()))
         if self.hidden is not None:
             pooled = torch.relu(self.hidden(pooled))
         logits: Tensor = self.output(pooled)
