@@ -40,11 +40,18 @@ def test_no_row_is_judged_by_a_model_that_saw_it(task, tmp_path, monkeypatch):
     params = load(
         None, [f"task.name={task}", *FAMILY[task], "distill.enabled=false", "train.epochs=2", "train.threads=1"]
     )
-    scores = crossval.cross_validate(params, dataset, 3)
+    scores = crossval.cross_validate(params, dataset, 3, workers=1)
     assert len(scores) == 3
     assert all(0.0 <= score <= 1.0 for score in scores)
     merged = crossval.merge(dataset)
     assert sorted(seen) == sorted(row_of(merged, i) for i in range(len(merged)))
+
+
+def test_folds_in_processes_of_their_own_score_the_same(tmp_path):
+    dataset = tiny_dataset(tmp_path / "d", "classify", rows=60)
+    params = load(None, [*FAMILY["classify"], "distill.enabled=false", "train.epochs=2", "train.lr=0.03"])
+    alone, together = (crossval.cross_validate(params, dataset, 2, workers) for workers in (1, 2))
+    assert alone == together
 
 
 def row_of(split, i: int) -> bytes:

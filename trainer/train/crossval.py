@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 
 from trainer import models, tasks
 from trainer.artifacts.dataset import SPLITS, Dataset, Split
 from trainer.config import Params
+from trainer.config.load import validate
+from trainer.config.train import EarlyStopping
 from trainer.errors import ConfigError, DataError
+from trainer.train.device import num_cores
 from trainer.train.fit import fit
 from trainer.train.state import seed_all
 
 
-def cross_validate(params: Params, dataset: Dataset, folds: int) -> list[float]:
+def cross_validate(params: Params, dataset: Dataset, folds: int, workers: int = 0) -> list[float]:
     """Train `folds` models, each on all rows but one fold, and measure each on that fold.
 
     All splits of the dataset are put together and divided anew. The weights after the last step are measured: the fold
-    has no part in choosing them, so the figure is not flattered.
+    has no part in choosing them, so the figure is not flattered. Each fold is trained on one CPU thread, so the figures
+    do not depend on how many run at a time.
 
     Args:
         params: the recipe; `train.seed` also divides the folds.
         dataset: of a task with labels.
         folds: number of folds, at least 2.
+        workers: folds to train at a time, each in a process; 0 takes one per core, 1 stays in this process.
 
     Returns:
         The accuracy of each fold.
@@ -38,20 +46,32 @@ def cross_validate(params: Params, dataset: Dataset, folds: int) -> list[float]:
             f"evaluate.folds: {folds} folds of task {dataset.spec.task}: needs labels and at least 2 folds",
             "use evaluate.folds=0",
         )
+    stratified(np.asarray(merge(dataset).labels), folds, params.train.seed)
+    workers = min(folds, workers or num_cores())
+    if workers == 1 or params.train.device == "cuda":
+        return [_fold(params, dataset, folds, fold) for fold in range(folds)]
+    # Fresh processes: a fork would inherit locks of torch's threads.
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        plain, place = params.model_dump(mode="json"), str(dataset.folder)
+        return list(pool.map(_fold_of, [plain] * folds, [place] * folds, [folds] * folds, range(folds)))
+
+
+def _fold_of(plain: dict[str, Any], place: str, folds: int, fold: int) -> float:
+    return _fold(validate(plain), Dataset(place), folds, fold)
+
+
+def _fold(params: Params, dataset: Dataset, folds: int, fold: int) -> float:
+    """Accuracy on one fold of a model trained on the others."""
+    # Evaluations on the way would choose nothing and cost time.
+    changes = {"processes": 1, "threads": 1, "eval_every": 10**9, "early_stopping": EarlyStopping()}
+    recipe = params.model_copy(update={"train": params.train.model_copy(update=changes)})
     merged = merge(dataset)
-    # Evaluations on the way would choose nothing and cost time; max_steps stays as the recipe has it.
-    quiet = params.train.model_copy(
-        update={"processes": 1, "eval_every": 10**9, "early_stopping": type(params.train.early_stopping)()}
-    )
-    recipe = params.model_copy(update={"train": quiet})
-    accuracies: list[float] = []
-    for held_out in stratified(np.asarray(merged.labels), folds, params.train.seed):
-        kept = np.setdiff1d(np.arange(len(merged)), held_out)
-        task = tasks.build(recipe, _Folded(dataset, {"train": take(merged, kept), "val": take(merged, held_out)}))
-        seed_all(params.train.seed)
-        fitted = fit(recipe, task, models.build(params.model, dataset.spec), what=f"fold {len(accuracies) + 1}")
-        accuracies.append(fitted.metrics["val_accuracy"])
-    return accuracies
+    held_out = stratified(np.asarray(merged.labels), folds, params.train.seed)[fold]
+    kept = np.setdiff1d(np.arange(len(merged)), held_out)
+    task = tasks.build(recipe, _Folded(dataset, {"train": take(merged, kept), "val": take(merged, held_out)}))
+    seed_all(params.train.seed)
+    fitted = fit(recipe, task, models.build(params.model, dataset.spec), what=f"fold {fold + 1}")
+    return fitted.metrics["val_accuracy"]
 
 
 class _Folded(Dataset):
