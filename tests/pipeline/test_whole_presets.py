@@ -96,18 +96,22 @@ def test_make_alone_prints_the_targets(clone: Path) -> None:
     assert {"make run", "make test"} <= set(re.findall(r"make \w+", done.stdout))
 
 
-def check_digits(metrics: dict) -> None:
+def check_digits(metrics: dict, folder: Path) -> None:
     assert metrics["cross_validation"]["folds"] >= 5
     assert metrics["cross_validation"]["accuracy"] >= 0.993
 
 
-def check_debian(metrics: dict) -> None:
+def check_debian(metrics: dict, folder: Path) -> None:
     assert metrics["candidate"]["accuracy"] > 0.760
     assert metrics["candidate"]["macro_f1"] > 0.737
-    assert metrics["gate"]["decision"] == "promoted"
+    assert manifest.read(folder / "out/model").record["seconds"] < metrics["baseline"]["seconds"]
+    # The baseline is about as good, so the gate's verdict depends on this machine's package lists.
+    found = metrics["comparison"]
+    better = found["p_value"] < 0.01 and found["accuracy"]["value"] > 0
+    assert metrics["gate"]["decision"] == ("promoted" if better else "refused")
 
 
-def check_code(metrics: dict) -> None:
+def check_code(metrics: dict, folder: Path) -> None:
     assert metrics["candidate"]["bits_per_byte"] < metrics["baseline"]["bits_per_byte"]
 
 
@@ -123,4 +127,4 @@ def test_preset_keeps_its_promise(name: str, tmp_path: Path) -> None:
     print(done.stdout[-2500:])
     assert done.returncode in (0, 4), done.stdout[-3000:] + done.stderr[-3000:]
     if name in CHECKS:
-        CHECKS[name](metrics_of(tmp_path))
+        CHECKS[name](metrics_of(tmp_path), tmp_path)
