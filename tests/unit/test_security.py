@@ -16,7 +16,7 @@ SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatus
 # The one loader that is made for configurations: it knows neither tags nor aliases.
 YAML_HOME = "trainer/config/text.py"
 # PyTorch's distributed checkpoints hold a pickle: it is read, after its digest, by an unpickler with a list of classes.
-UNPICKLER_HOME = "trainer/train/checkpoint.py"
+UNPICKLER_HOME = "trainer/train/dcp.py"
 
 
 def dotted(node: ast.AST) -> str:
