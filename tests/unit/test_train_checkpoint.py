@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 import random
 import shutil
 
@@ -12,7 +14,7 @@ import torch
 from trainer.artifacts import manifest
 from trainer.errors import ArtifactError, StorageError
 from trainer.parallel.group import Ranks
-from trainer.train import checkpoint
+from trainer.train import checkpoint, dcp
 from trainer.train.checkpoint import Checkpoints
 from trainer.train.state import rng_state
 
@@ -131,17 +133,49 @@ def craft(place, trap, *, sealed: bool) -> None:
 
 
 @pytest.mark.parametrize("sealed", [False, True])
-def test_a_crafted_pickle_is_never_executed(sealed, tmp_path):
+def test_a_crafted_pickle_is_never_executed(sealed, tmp_path, capsys):
     save(tmp_path, 10, 20)
     trap = tmp_path / "trap"
+    # Whoever can forge the manifest too is stopped by the unpickler.
     craft(tmp_path / "step-000000020", trap, sealed=sealed)
-    if sealed:
-        # Whoever can forge the manifest too is stopped by the unpickler.
-        with pytest.raises(ArtifactError, match="exec"):
-            store(tmp_path).load()
-    else:
-        assert loaded_step(tmp_path) == 10
+    assert loaded_step(tmp_path) == 10
+    assert ("exec" if sealed else "step-000000020") in capsys.readouterr().out
     assert not trap.exists()
+
+
+def test_sealed_metadata_that_is_no_pickle_is_passed_over(tmp_path):
+    save(tmp_path, 10, 20)
+    place = tmp_path / "step-000000020"
+    meta = manifest.read(place).meta
+    (place / ".metadata").write_bytes(b"\x80\x04nothing")
+    (place / "manifest.json").unlink()
+    manifest.seal(place, checkpoint.KIND, meta, {})
+    assert loaded_step(tmp_path) == 10
+
+
+DCP = "torch.distributed.checkpoint.metadata"
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(DCP, "os"), (DCP, "torch"), (DCP, "dataclass"), (DCP, "field"), (DCP, "Any"), (DCP, "os.system"), ("torch", "load"),
+     ("pathlib", "PosixPath"), ("builtins", "getattr")],
+)  # fmt: skip
+def test_the_unpickler_knows_only_what_dcp_writes(module, name):
+    crafted = b"c" + module.encode() + b"\n" + name.encode() + b"\n."
+    with pytest.raises(ArtifactError, match="does not write"):
+        dcp._Unpickler(io.BytesIO(crafted)).load()
+
+
+def test_the_metadata_names_no_path_of_this_machine(tmp_path):
+    save(tmp_path, 10)
+    content = (tmp_path / "step-000000010" / ".metadata").read_bytes()
+    words = {word for _, word, _ in pickletools.genops(content) if isinstance(word, str)}
+    assert "/model/w" in words
+    names = {word for word in words if word.startswith(("/model/", "/optimizer/"))}
+    assert [word for word in words - names if "/" in word] == []
+    assert not words & set(tmp_path.parts)
+    assert not {word for word in words if "pathlib" in word}
 
 
 def test_full_or_closed_disk_is_a_storage_error_and_leaves_the_older_one(tmp_path, monkeypatch):

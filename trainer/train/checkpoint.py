@@ -82,21 +82,38 @@ class Checkpoints:
         """The newest checkpoint that passes all checks: its tree, and this rank's generators if it had them."""
         if self.folder is None:
             return None
-        found = self._newest() if self.ranks.rank == 0 else None
-        found = self.ranks.from_first(found)
-        if found is None:
-            return None
+        while True:
+            found = self._newest() if self.ranks.rank == 0 else None
+            found = self.ranks.from_first(found)
+            if found is None:
+                return None
+            place, loaded, problem = self.folder / found, None, ""
+            try:
+                loaded = self._read(place)
+            except MillraceError as error:
+                problem = error.message
+            # All ranks take the same one, or none does.
+            problems = list(filter(None, self.ranks.gather(problem)))
+            if loaded is not None and not problems:
+                break
+            if self.ranks.rank == 0:
+                _pass_over(place, problems[0])
+        if self.ranks.rank == 0:
+            log.say(f"resuming from checkpoint {found}")
+        self._saved_step = loaded[2]
+        self._last_end = time.monotonic()
+        return loaded[:2]
+
+    def _read(self, place: Path) -> tuple[dict[str, Any], dict[str, Any] | None, int]:
+        """Tree, generators and step of a checkpoint whose digests were checked."""
         from trainer.train.dcp import load_tensors
 
-        place = self.folder / found
         plain = json.loads((place / STATE).read_bytes())
         tree = join(plain["tree"], load_tensors(place))
-        self._saved_step = int(plain["step"])
-        self._last_end = time.monotonic()
         rng = place / f"rng-{self.ranks.rank:04d}.json"
         # Another number of ranks: the order of the data goes on, dropout starts anew.
         same = plain["ranks"] == self.ranks.size and rng.is_file()
-        return tree, json.loads(rng.read_bytes()) if same else None
+        return tree, json.loads(rng.read_bytes()) if same else None, int(plain["step"])
 
     def _newest(self) -> str | None:
         assert self.folder is not None
@@ -106,12 +123,8 @@ class Checkpoints:
             try:
                 check(place, self.identity)
             except MillraceError as error:
-                log.say(f"checkpoint {place.name} passed over: {error.message}")
-                bad = place.with_name(f"bad-{place.name}")
-                storage.remove(bad)
-                place.rename(bad)
+                _pass_over(place, error.message)
                 continue
-            log.say(f"resuming from checkpoint {place.name}")
             return place.name
         return None
 
@@ -145,6 +158,14 @@ class Checkpoints:
         for found in self.ranks.gather(problem):
             if found:
                 raise StorageError(f"checkpoint: {found[0]}", found[1])
+
+
+def _pass_over(place: Path, reason: str) -> None:
+    """Say why a checkpoint is not taken, and put it aside."""
+    log.say(f"checkpoint {place.name} passed over: {reason}")
+    bad = place.with_name(f"bad-{place.name}")
+    storage.remove(bad)
+    place.rename(bad)
 
 
 def check(place: Path, identity: str) -> None:

@@ -20,14 +20,37 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from trainer.errors import ArtifactError, StorageError
 from trainer.parallel.group import Ranks
 
+# What stands in the `.metadata` of our checkpoints, name by name: a module's other names (what it imports) stay out.
 _SAFE = {
-    ("torch.distributed.checkpoint.metadata", "*"),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
 }
+# What unpickling and reading raise for a checkpoint of another version of torch, or for none at all.
+_UNREADABLE = (
+    CheckpointException,
+    pickle.UnpicklingError,
+    OSError,
+    EOFError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+)
 
 
 @contextmanager
@@ -47,7 +70,7 @@ def save_tensors(place: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
     try:
         with _quiet():
             # Files are synced when they are sealed.
-            dcp_save(dict(tensors), storage_writer=FileSystemWriter(place, sync_files=False), no_dist=ranks.size == 1)
+            dcp_save(dict(tensors), storage_writer=_Writer(place, sync_files=False), no_dist=ranks.size == 1)
     except CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
         reason = getattr(first, "strerror", None) or str(first)
@@ -58,8 +81,15 @@ def load_tensors(place: Path) -> dict[str, Tensor]:
     """Read all tensors of a checkpoint whose digests were checked.
 
     Raises:
-        ArtifactError: it holds something else than tensors.
+        ArtifactError: it holds something else than tensors, or cannot be read.
     """
+    try:
+        return _load_tensors(place)
+    except _UNREADABLE as error:
+        raise ArtifactError(f"{place}: {type(error).__name__}: {error}", "remove this checkpoint") from error
+
+
+def _load_tensors(place: Path) -> dict[str, Tensor]:
     reader = SafeReader(place)
     tensors: dict[str, Tensor] = {}
     for name, entry in reader.read_metadata().state_dict_metadata.items():
@@ -69,6 +99,14 @@ def load_tensors(place: Path) -> dict[str, Tensor]:
     with _quiet():
         dcp_load(tensors, storage_reader=reader, no_dist=True)
     return tensors
+
+
+class _Writer(FileSystemWriter):
+    """DCP's writer without the machine's path, which DCP notes as a `Path`: Python 3.13 cannot read one of 3.12."""
+
+    def storage_meta(self) -> StorageMeta:
+        """Nothing: what a checkpoint is stands in our manifest."""
+        return StorageMeta()
 
 
 class SafeReader(FileSystemReader):
