@@ -59,6 +59,23 @@ def test_macro_f1_of_resamples_is_that_of_the_repeated_rows(case):
         assert value == pytest.approx(expected)
 
 
+def test_macro_f1_of_resamples_needs_no_matrix_of_rows_and_labels():
+    """20,000 rows of 3,000 labels: rows x labels in float64 would be 480 MB."""
+    import tracemalloc
+
+    random = np.random.default_rng(0)
+    actual, predicted = random.integers(3000, size=(2, 20_000))
+    weights = random.integers(0, 3, size=(4, 20_000)).astype(float)
+    tracemalloc.start()
+    try:
+        found = metrics.macro_f1_samples(actual, predicted, weights, 3000)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.shape == (4,)
+    assert peak < 10_000_000
+
+
 def test_calibration_by_hand():
     """Two rows at 0.9, one right; one row at 0.6, right: (2 * |0.9 - 0.5| + 1 * |0.6 - 1|) / 3."""
     probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6]])

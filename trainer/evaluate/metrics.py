@@ -55,12 +55,16 @@ def macro_f1_samples(actual: np.ndarray, predicted: np.ndarray, weights: np.ndar
     Returns:
         float64 (resamples).
     """
-    eye = np.eye(num_labels)
-    in_actual, in_predicted = eye[actual], eye[predicted]
-    hits = weights @ (in_actual * in_predicted)
-    total = weights @ (in_actual + in_predicted)
-    f1 = np.divide(2 * hits, total, out=np.zeros_like(hits), where=total > 0)
-    return np.asarray(f1.sum(axis=1) / np.maximum((total > 0).sum(axis=1), 1))
+    right = np.flatnonzero(actual == predicted)
+    hit_labels = actual[right]
+    found = np.empty(len(weights))
+    # One resample at a time: counting needs memory for a row of weights and for the labels, not for their product.
+    for i, counts in enumerate(weights):
+        hits = np.bincount(hit_labels, counts[right], num_labels)
+        total = np.bincount(actual, counts, num_labels) + np.bincount(predicted, counts, num_labels)
+        occurs = total > 0
+        found[i] = (2 * hits[occurs] / total[occurs]).sum() / max(int(occurs.sum()), 1)
+    return found
 
 
 def calibration(actual: np.ndarray, probabilities: np.ndarray, bins: int) -> tuple[float, list[dict[str, Any]]]:
