@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +19,14 @@ from trainer.log import say
 from trainer.predict import Predictor
 from trainer.registry import Registry
 
+_WORD = re.compile(r"\w+")
+
 
 def compare(params: Params, dataset: Dataset, candidate: Path, digest: str, cache: Path) -> dict[str, Any] | None:
     """Compare a candidate with the champion of `promote.registry`.
 
-    Rows of the champion's test set that stand in the candidate's own train or val split are left out: it has seen them.
+    Rows of the champion's test set that stand in the candidate's own train or val split, however cleaned, are left out: it has seen
+    them.
 
     Args:
         params: sections `promote` and `evaluate`.
@@ -50,7 +57,7 @@ def compare(params: Params, dataset: Dataset, candidate: Path, digest: str, cach
     if shapes[0] != shapes[1]:
         return {**found, "incomparable": f"it takes pictures of another shape, {shapes[0]} instead of {shapes[1]}"}
     split = kept.split("test")
-    unseen = _unseen(split, dataset)
+    unseen = _unseen(kept, split, dataset)
     found["left_out"] = int((~unseen).sum())
     if not unseen.any():
         return {**found, "incomparable": "the candidate was trained on every row of its test set"}
@@ -96,7 +103,29 @@ def _compare_documents(
     return comparison
 
 
-def _unseen(split: Split, dataset: Dataset) -> np.ndarray:
-    """Which rows of a split, by content hash, are in neither the train nor the val split of a dataset: bool (rows)."""
-    seen = {row for name in ("train", "val") for row in dataset.split(name).column("id")}
-    return np.asarray([row not in seen for row in split.column("id")], bool)
+def _unseen(kept: Dataset, split: Split, dataset: Dataset) -> np.ndarray:
+    """Which rows of a split of `kept` are in neither the train nor the val split of a dataset: bool (rows).
+
+    Content hashes are of cleaned texts, and so change with every `data.clean` key. A row is therefore also known by its
+    place in the raw data, where both datasets were made of the same version of it, and by its words.
+    """
+    version = kept.meta.get("data_version")
+    same_raw = bool(version) and version == dataset.meta.get("data_version")
+    seen: set[bytes] = set()
+    for name in ("train", "val"):
+        seen.update(key for keys in _keys(dataset.split(name), dataset.spec.task, same_raw) for key in keys)
+    return np.asarray([seen.isdisjoint(keys) for keys in _keys(split, kept.spec.task, same_raw)], bool)
+
+
+def _keys(split: Split, task: str, same_raw: bool) -> Iterator[tuple[bytes, ...]]:
+    """By what each row can be known again."""
+    sources = split.column("source") if same_raw else [""] * len(split)
+    # The text of a picture is its file's name.
+    texts = split.texts() if task != "image" else [""] * len(split)
+    for row, text, source in zip(split.column("id"), texts, sources, strict=True):
+        words = "".join(_WORD.findall(unicodedata.normalize("NFC", text).lower()))
+        yield tuple(
+            hashlib.blake2b(f"{kind}:{key}".encode(), digest_size=16).digest()
+            for kind, key in (("id", row), ("words", words), ("source", source))
+            if key
+        )
