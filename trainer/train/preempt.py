@@ -7,9 +7,15 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from trainer.errors import Preempted
+
 
 class Preemption:
-    """While entered, SIGTERM sets `asked` instead of ending the process. Outside of the main thread it does nothing."""
+    """While entered, SIGTERM sets `asked` instead of ending the process. Outside of the main thread it does nothing.
+
+    A request that nobody inside has answered, with `Preempted` or `Interrupted`, is passed on to the handler before: an
+    outer `Preemption` then is asked too.
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -25,6 +31,8 @@ class Preemption:
     ) -> None:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
+            if self.asked and callable(self._before) and not isinstance(error, (Preempted, Interrupted)):
+                self._before(signal.SIGTERM, None)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
