@@ -22,6 +22,12 @@ def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def interrupted_with(error):
+    with Preemption():
+        terminate()
+        raise error
+
+
 def test_it_is_remembered_and_raised_when_polled():
     with Preemption() as preemption:
         preemption.poll()
@@ -41,18 +47,16 @@ def test_a_request_after_the_last_poll_reaches_the_outer_one():
 
 def test_a_request_reaches_the_outer_one_when_another_error_is_in_flight():
     with Preemption() as outer:
-        with pytest.raises(ValueError, match="pruned"), Preemption():
-            terminate()
-            raise ValueError("pruned")
+        with pytest.raises(ValueError, match="pruned"):
+            interrupted_with(ValueError("pruned"))
         assert outer.asked
 
 
 @pytest.mark.parametrize("answer", [Preempted("x", "y"), Interrupted()])
 def test_an_answered_request_is_not_passed_on(answer):
     with Preemption() as outer:
-        with pytest.raises(type(answer)), Preemption():
-            terminate()
-            raise answer
+        with pytest.raises(type(answer)):
+            interrupted_with(answer)
         assert not outer.asked
 
 
