@@ -52,10 +52,13 @@ def same_weights(first, second):
     return all(torch.equal(ones[name], twos[name]) for name in ones)
 
 
-@pytest.mark.parametrize("task", ["classify", "lm"])
+@pytest.mark.parametrize("task", FAMILY)
 def test_eight_micro_batches_of_one_equal_one_of_eight(datasets, task):
-    # Rows and windows of different lengths: dividing each micro-batch by its own count would be wrong.
-    common = ["train.max_steps=12", "train.log_every=1", "model.dropout=0.0", "train.optimizer=sgd", "train.lr=0.1"]
+    # Rows and windows of different lengths: dividing each micro-batch by its own count would be wrong. Pictures are
+    # changed at random, and must be changed alike.
+    # (After some steps a rounded value falls on the other side of a ReLU's kink, and the convolutions part.)
+    steps = 6 if task == "image" else 12
+    common = [f"train.max_steps={steps}", "train.log_every=1", "model.dropout=0.0", "train.optimizer=sgd", "train.lr=0.1"]
     whole = train(datasets, task, "train.batch_size=8", "train.accumulation=1", *common)
     parts = train(datasets, task, "train.batch_size=1", "train.accumulation=8", *common)
     assert losses(parts) == pytest.approx(losses(whole), abs=1e-6)

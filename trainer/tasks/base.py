@@ -89,8 +89,14 @@ class Task(ABC):
             blocks += [part[i : i + block] for i in range(0, len(part), block)]
         return np.concatenate([blocks[i] for i in rng.permutation(len(blocks))])
 
-    def augment(self, batch: Batch, rng: np.random.Generator) -> Batch:
-        """A randomly changed copy of a training batch; by default, the batch itself."""
+    def augment(self, batch: Batch, rng: np.random.Generator, first: int = 0) -> Batch:
+        """A randomly changed copy of a training batch; by default, the batch itself.
+
+        Args:
+            batch: examples `first`, `first` + 1, ... of a step.
+            rng: the step's, in the same state for each of its micro-batches.
+            first: how many of the step's examples come before; an example must be changed alike whatever batch it is in.
+        """
         return batch
 
     @abstractmethod

@@ -30,9 +30,9 @@ class Wrapped(Task):
         """Cost of each example; None where all cost the same."""
         return self.base.lengths(split)
 
-    def augment(self, batch: Batch, rng: np.random.Generator) -> Batch:
+    def augment(self, batch: Batch, rng: np.random.Generator, first: int = 0) -> Batch:
         """A randomly changed copy of a training batch."""
-        return self.base.augment(batch, rng)
+        return self.base.augment(batch, rng, first)
 
     def batch(self, split: str, index: np.ndarray) -> Batch:
         """The examples at `index`."""

@@ -125,8 +125,8 @@ class Loop:
         batches = []
         for start in range(self.ranks.rank * size, len(index), self.ranks.size * size):
             batch = self.task.batch("train", index[start : start + size])
-            rng = np.random.default_rng([self.train.seed, now.epoch, now.offset + start])
-            batches.append(to_device(self.task.augment(batch, rng), self.device))
+            rng = np.random.default_rng([self.train.seed, now.epoch, now.offset])
+            batches.append(to_device(self.task.augment(batch, rng, start), self.device))
         return batches, len(index)
 
     # -- a step's parts ---------------------------------------------------------------------------------------------
