@@ -2,9 +2,10 @@
 
     URI/MODEL/versions/v0001/   model/           the candidate's folder as it was judged
                                 test/            the test split it was judged on, a dataset folder of its own
-                                evaluation.json  the figures and the gate's decision
+                                evaluation.json  the figures that it was entered with
                                 version.json     written last: a version without it is not there
     URI/MODEL/promotions/000001.json             the log; the newest entry names the champion
+    URI/MODEL/judgements/000001.json             each time a candidate was judged: what came of it, why, on what figures
     URI/MODEL/champion.json                      a copy of the newest entry, for people and other tools
 
 Nothing is changed in place. A version is built aside and renamed into its number (on object stores: its number is
@@ -43,8 +44,6 @@ class Version:
     version: str
     digest: str
     created: str
-    decision: str
-    reason: str
     bytes: int
     dataset_digest: str
     data_version: str
@@ -54,7 +53,10 @@ class Version:
 
 @dataclass(frozen=True)
 class Promotion:
-    """An entry of the log: from now on `version` is the champion; `action` is `promote` or `rollback`."""
+    """An entry of the log: from now on `version` is the champion.
+
+    `action` is `promote` (the gate let it pass), `rollback`, or `name` (a person named it, whatever the gate says).
+    """
 
     number: int
     action: str
@@ -63,6 +65,23 @@ class Promotion:
     previous: str
     reason: str
     time: str
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What came of judging a version once; a version may be judged again, against another champion or baseline.
+
+    `decision` is `promoted` or `refused`, `event` the number of the promotion log's newest entry by then (0: it was empty).
+    """
+
+    number: int
+    version: str
+    digest: str
+    decision: str
+    reason: str
+    event: int
+    time: str
+    evaluation: dict[str, Any] = field(default_factory=dict)
 
 
 class Registry:
@@ -101,15 +120,17 @@ class Registry:
 
     def history(self, model: str) -> list[Promotion]:
         """The log of promotions and rollbacks, oldest first."""
-        _check_model(model)
-        numbers = [match[1] for name in self.store.names(f"{model}/promotions") if (match := _ENTRY.fullmatch(name))]
-        return [self._read_entry(model, number) for number in sorted(numbers, key=int)]
+        return [self._read_entry(model, number) for number in self._numbers(model, "promotions")]
+
+    def judgements(self, model: str) -> list[Judgement]:
+        """All judgements, oldest first."""
+        paths = [f"{model}/judgements/{number}.json" for number in self._numbers(model, "judgements")]
+        return [Judgement(**self._unsealed(self.store.read(path) or b"", path)) for path in paths]
 
     def champion(self, model: str) -> Promotion | None:
         """The newest entry of the log: what is the champion now; None if nothing was promoted yet."""
-        _check_model(model)
-        numbers = [match[1] for name in self.store.names(f"{model}/promotions") if (match := _ENTRY.fullmatch(name))]
-        return self._read_entry(model, max(numbers, key=int)) if numbers else None
+        numbers = self._numbers(model, "promotions")
+        return self._read_entry(model, numbers[-1]) if numbers else None
 
     def fetch(self, model: str, version: str, part: str, cache: Path) -> Path:
         """A local, verified folder: part `model` or `test` of a version; copied below `cache` from object stores."""
@@ -136,13 +157,18 @@ class Registry:
     # Reading, for the CLI: plain JSON values
 
     def list_versions(self, model: str = "") -> list[dict[str, Any]]:
-        """A row for each version of a model, or of all models: its `Version` fields, `model` and `champion` (bool)."""
+        """A row for each version of a model, or of all models, with what was last decided on it.
+
+        It has the `Version` fields, `model`, `champion` (bool), `decision` and `reason`. The decision is the last
+        judgement's (promoted, refused), or what the log of promotions says after it: promoted, restored by a rollback,
+        named by a person, withdrawn by a rollback. A version that was entered and never judged has `entered`.
+        """
         rows = []
         for name in [model] if model else self.models():
-            champion = self.champion(name)
+            judged = {judgement.version: judgement for judgement in self.judgements(name)}
+            history = self.history(name)
             for version in self.versions(name):
-                is_champion = bool(champion) and champion is not None and champion.version == version.version
-                rows.append({"model": name, "champion": is_champion, **asdict(version)})
+                rows.append(_row(name, version, judged.get(version.version), history))
         return rows
 
     def show(self, model: str, version: str = "") -> dict[str, Any]:
@@ -158,14 +184,16 @@ class Registry:
                 message = f"registry {self.uri}: model {model!r} has no champion"
                 raise ArtifactError(message, f"promote one with `millrace run`; models here: {known}")
             version = champion.version
-        entry = self.version(model, version)
+        entry, history = self.version(model, version), self.history(model)
+        entered_with = self.evaluation(model, version)
+        judgements = [judgement for judgement in self.judgements(model) if judgement.version == version]
+        last = judgements[-1] if judgements else None
         return {
-            "model": model,
-            "champion": bool(champion) and champion is not None and champion.version == version,
-            **asdict(entry),
+            **_row(model, entry, last, history),
             "uri": self.store.uri(f"{model}/versions/{version}/model"),
-            "evaluation": self.evaluation(model, version),
-            "history": [asdict(event) for event in self.history(model)],
+            "evaluation": last.evaluation if last else entered_with,
+            "judgements": [{k: v for k, v in asdict(each).items() if k != "evaluation"} for each in judgements],
+            "history": [asdict(event) for event in history],
         }
 
     # Writing
@@ -178,7 +206,7 @@ class Registry:
             candidate: sealed model folder.
             test: sealed dataset folder that holds the test split, see `trainer.registry_stage.held_out_folder`.
             evaluation: the figures, JSON values.
-            facts: fields of `Version` that the caller knows: decision, reason, bytes, metrics.
+            facts: fields of `Version` that the caller knows: bytes, metrics.
         """
         _check_model(model)
         found = manifest.read(candidate, "model")
@@ -209,16 +237,30 @@ class Registry:
         # On an object store, where nothing is locked, another may have entered the same candidate at the same time.
         return next(entry for entry in self.versions(model) if entry.digest == found.digest)
 
+    def judge(
+        self, model: str, version: str, decision: str, reason: str, event: int, evaluation: dict[str, Any]
+    ) -> Judgement:
+        """Record what came of judging a version; see `Judgement`."""
+        digest = self.version(model, version).digest
+        while True:
+            numbers = self._numbers(model, "judgements")
+            number = int(numbers[-1]) + 1 if numbers else 1
+            made = Judgement(number, version, digest, decision, reason, event, _now(), evaluation)
+            if self.store.create(f"{model}/judgements/{number:06d}.json", _sealed(asdict(made))):
+                return made
+
     def promote(self, model: str, version: str, expected: str, reason: str) -> Promotion:
         """Make a version the champion, if the champion still is `expected` (a version; empty: there is none).
 
         It is a no-op if the version is the champion already.
 
         Raises:
-            GateRefused: the champion is another one by now: the comparison that led here is out of date.
+            GateRefused: the champion is another one by now: the comparison that led here is out of date; or somebody
+                rolled back from this version, which only a person may take back (`name_champion`).
         """
         entry = self.version(model, version)
-        champion = self.champion(model)
+        history = self.history(model)
+        champion = history[-1] if history else None
         if champion and champion.version == version:
             self._copy_pointer(model)
             return champion
@@ -227,6 +269,11 @@ class Registry:
             raise GateRefused(
                 f"the champion of {model!r} is {now or 'none'} now; the candidate was compared with {expected or 'none'}",
                 "evaluate again: it will be compared with today's champion",
+            )
+        if left := _withdrawn(history).get(version):
+            raise GateRefused(
+                f"{model!r} was rolled back from {version} to {left.version} on {left.time}",
+                f"if it shall be the champion again, name it: millrace registry promote {model} {version}",
             )
         return self._append(model, "promote", entry, champion, reason)
 
@@ -248,12 +295,17 @@ class Registry:
                 message = f"registry {self.uri}: model {model!r} has no earlier champion ({current})"
                 raise ArtifactError(message, "name a version; see `millrace registry ls`")
             version = stack[-2]
-        entry = self.version(model, version)
-        if champion and champion.version == version:
-            return asdict(champion)
-        self.fetch_check(model, version)
         reason = f"rolled back from {champion.version if champion else 'none'}"
-        return asdict(self._append(model, "rollback", entry, champion, reason))
+        return self._choose(model, version, champion, "rollback", reason)
+
+    def name_champion(self, model: str, version: str) -> dict[str, Any]:
+        """Make a version the champion because a person says so, whatever the gate said; returns the new entry of the log.
+
+        Raises:
+            ArtifactError: there is no such version, or its model is not whole.
+            GateRefused: the champion changed while this ran.
+        """
+        return self._choose(model, version, self.champion(model), "name", "named by hand")
 
     def fetch_check(self, model: str, version: str) -> None:
         """Check that a version's model is whole before it becomes the champion.
@@ -267,6 +319,19 @@ class Registry:
             self.fetch(model, version, "model", Path(cache))
 
     # Details
+
+    def _choose(self, model: str, version: str, champion: Promotion | None, action: str, reason: str) -> dict[str, Any]:
+        entry = self.version(model, version)
+        if champion and champion.version == version:
+            return asdict(champion)
+        self.fetch_check(model, version)
+        return asdict(self._append(model, action, entry, champion, reason))
+
+    def _numbers(self, model: str, log: str) -> list[str]:
+        """Numbers of a log's entries as they are written, in order."""
+        _check_model(model)
+        names = self.store.names(f"{model}/{log}")
+        return sorted((match[1] for name in names if (match := _ENTRY.fullmatch(name))), key=int)
 
     def _append(self, model: str, action: str, entry: Version, champion: Promotion | None, reason: str) -> Promotion:
         number = champion.number + 1 if champion else 1
@@ -296,7 +361,12 @@ class Registry:
 
     def _read_version(self, model: str, name: str) -> Version | None:
         content = self.store.read(f"{model}/versions/{name}/version.json")
-        return Version(**self._unsealed(content, f"{model}/versions/{name}/version.json")) if content else None
+        if not content:
+            return None
+        body = self._unsealed(content, f"{model}/versions/{name}/version.json")
+        for key in ("decision", "reason"):  # as written before there were judgements
+            body.pop(key, None)
+        return Version(**body)
 
     def _read_entry(self, model: str, number: str) -> Promotion:
         path = f"{model}/promotions/{number}.json"
@@ -342,3 +412,29 @@ def _stack(history: Sequence[Promotion]) -> list[str]:
         else:
             stack.append(event.version)
     return stack
+
+
+def _withdrawn(history: Sequence[Promotion]) -> dict[str, Promotion]:
+    """Versions that somebody rolled back from and did not choose again, each with the rollback."""
+    left: dict[str, Promotion] = {}
+    for number, event in enumerate(history):
+        if event.action == "rollback":
+            before, after = _stack(history[:number]), _stack(history[: number + 1])
+            left |= dict.fromkeys([name for name in before if name not in after or name == event.previous], event)
+        left.pop(event.version, None)
+    return left
+
+
+_ACTIONS = {"promote": "promoted", "rollback": "restored", "name": "named"}
+
+
+def _row(model: str, version: Version, judged: Judgement | None, history: Sequence[Promotion]) -> dict[str, Any]:
+    """A version with what was last decided on it: by the gate, or in the log of promotions after that."""
+    name = version.version
+    decision, reason = (judged.decision, judged.reason) if judged else ("entered", "")
+    left = _withdrawn(history).get(name)
+    last = left or next((event for event in reversed(history) if event.version == name), None)
+    if last and last.number > (judged.event if judged else 0):
+        decision, reason = ("withdrawn" if left else _ACTIONS[last.action]), last.reason
+    row = {"model": model, "champion": bool(history) and history[-1].version == name}
+    return {**row, **asdict(version), "decision": decision, "reason": reason}

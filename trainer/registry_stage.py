@@ -20,7 +20,8 @@ def run(call: Call) -> Result:
     """Apply the evaluation's decision.
 
     A refused candidate is entered as a version too, with its figures, but the champion stays. The output holds
-    promotion.json: `decision`, `reason`, `version`, `champion`, `previous`, `registry`, `model`.
+    promotion.json: `decision`, `reason`, `version`, `digest`, `champion`, `champion_digest`, `previous`, `registry`,
+    `model`.
 
     Raises:
         ArtifactError: the evaluation is not of this candidate on this dataset.
@@ -37,18 +38,20 @@ def run(call: Call) -> Result:
             call.inputs["quantized"],
             test,
             evaluation,
-            decision=gate["decision"],
-            reason=gate["reason"],
             bytes=int(evaluation["candidate"]["bytes"]),
             metrics={name: value for name, value in evaluation["candidate"].items() if isinstance(value, (int, float))},
         )
     decision, reason = gate["decision"], gate["reason"]
     before = registry.champion(promote.model)
-    if decision == "promoted":
+    event = before.number if before else 0
+    if before and before.version == version.version:
+        decision, reason = "promoted", f"it is the champion already, {version.version}"
+    elif decision == "promoted":
         try:
-            registry.promote(promote.model, version.version, gate["champion"], reason)
+            event = registry.promote(promote.model, version.version, gate["champion"], reason).number
         except GateRefused as error:
             decision, reason = "refused", f"{error.message}; {error.hint}"
+    registry.judge(promote.model, version.version, decision, reason, event, evaluation)
     champion = registry.champion(promote.model)
     outcome = {
         "decision": decision,
@@ -56,6 +59,7 @@ def run(call: Call) -> Result:
         "version": version.version,
         "digest": candidate.digest,
         "champion": champion.version if champion else "",
+        "champion_digest": champion.digest if champion else "",
         "previous": before.version if before else "",
         "registry": promote.registry,
         "model": promote.model,

@@ -18,7 +18,7 @@ from trainer.registry import Registry
 
 pytestmark = pytest.mark.fault
 
-FACTS = {"decision": "promoted", "reason": "better", "bytes": 7, "metrics": {}}
+FACTS = {"bytes": 7, "metrics": {}}
 
 # argv: registry, test folder, work folder, seed, rounds, log. Each round enters a new candidate and tries to promote it.
 PROMOTER = """
@@ -35,7 +35,7 @@ for number in range(int(rounds)):
     folder.mkdir()
     (folder / "model.onnx").write_text(f"{seed} {number} " * 2000)
     manifest.seal(folder, "model", {}, {})
-    version = registry.add("m", folder, test, {}, decision="promoted", reason="r", bytes=1)
+    version = registry.add("m", folder, test, {}, bytes=1)
     try:
         event = registry.promote("m", version.version, champion.version if champion else "", "r")
         line = f"{event.number} {version.version}"

@@ -62,7 +62,7 @@ def held_out(folder: Path) -> Path:
     return folder
 
 
-FACTS = {"decision": "promoted", "reason": "better", "bytes": 7, "metrics": {"accuracy": 0.5}}
+FACTS = {"bytes": 7, "metrics": {"accuracy": 0.5}}
 
 
 def enter(registry: Registry, tmp_path: Path, content: str):
@@ -289,7 +289,7 @@ def test_stage_refused_keeps_the_champion_and_exits_with_4(tmp_path, dataset):
     assert caught.value.exit_code == 4
     registry = Registry(tmp_path / "registry")
     assert registry.champion("m").version == "v0001"
-    assert [version.decision for version in registry.versions("m")] == ["promoted", "refused"]
+    assert [row["decision"] for row in registry.list_versions("m")] == ["promoted", "refused"]
     manifest.read(tmp_path / "promotion", "promotion")
     assert json.loads((tmp_path / "promotion/promotion.json").read_text())["decision"] == "refused"
 
@@ -323,3 +323,103 @@ def test_the_kept_test_split_is_the_datasets(tmp_path, dataset):
     assert kept.meta["of"] == whole.manifest.digest
     with pytest.raises(ArtifactError):
         kept.split("train")
+
+
+# What the records say
+
+
+def rows(tmp_path: Path) -> list[tuple[str, bool, str]]:
+    listed = Registry(tmp_path / "registry").list_versions("m")
+    return [(row["version"], row["champion"], row["decision"]) for row in listed]
+
+
+def test_a_judgement_does_not_hide_a_later_one(tmp_path, dataset):
+    """Refused at first, promoted with another baseline: the champion's row says why it is the champion."""
+    model = candidate(tmp_path / "c", "one")
+    with pytest.raises(GateRefused):
+        promote(tmp_path, model, evaluation(tmp_path / "e1", model, dataset, "refused"))
+    assert rows(tmp_path) == [("v0001", False, "refused")]
+    promote(tmp_path, model, evaluation(tmp_path / "e2", model, dataset))
+    assert rows(tmp_path) == [("v0001", True, "promoted")]
+    shown = Registry(tmp_path / "registry").show("m")
+    assert shown["reason"] == shown["evaluation"]["gate"]["reason"] == "because promoted"
+    assert [each["decision"] for each in shown["judgements"]] == ["refused", "promoted"]
+
+
+def test_a_late_refusal_is_recorded_as_one(tmp_path, dataset):
+    """The gate let it pass, but the champion had changed by then."""
+    first, second = candidate(tmp_path / "c1", "one"), candidate(tmp_path / "c2", "two")
+    promote(tmp_path, first, evaluation(tmp_path / "e1", first, dataset))
+    with pytest.raises(GateRefused):
+        promote(tmp_path, second, evaluation(tmp_path / "e2", second, dataset, "promoted", ""))
+    assert rows(tmp_path) == [("v0001", True, "promoted"), ("v0002", False, "refused")]
+    assert "evaluate again" in Registry(tmp_path / "registry").show("m", "v0002")["reason"]
+
+
+def test_records_follow_a_rollback_and_a_person_who_names_a_champion(tmp_path, dataset):
+    first, second = candidate(tmp_path / "c1", "one"), candidate(tmp_path / "c2", "two")
+    promote(tmp_path, first, evaluation(tmp_path / "e1", first, dataset))
+    promote(tmp_path, second, evaluation(tmp_path / "e2", second, dataset, "promoted", "v0001"))
+    registry = Registry(tmp_path / "registry")
+    registry.rollback("m")
+    assert rows(tmp_path) == [("v0001", True, "restored"), ("v0002", False, "withdrawn")]
+    registry.name_champion("m", "v0002")
+    assert rows(tmp_path) == [("v0001", False, "restored"), ("v0002", True, "named")]
+    assert [event.action for event in registry.history("m")] == ["promote", "promote", "rollback", "name"]
+
+
+def test_what_was_rolled_back_from_is_not_promoted_again_by_a_rerun(tmp_path, dataset):
+    first, second = candidate(tmp_path / "c1", "one"), candidate(tmp_path / "c2", "two")
+    promote(tmp_path, first, evaluation(tmp_path / "e1", first, dataset))
+    promote(tmp_path, second, evaluation(tmp_path / "e2", second, dataset, "promoted", "v0001"))
+    registry = Registry(tmp_path / "registry")
+    registry.rollback("m")
+    with pytest.raises(GateRefused, match="millrace registry promote m v0002"):
+        promote(tmp_path, second, tmp_path / "e2")
+    assert registry.champion("m").version == "v0001"
+    assert rows(tmp_path)[1] == ("v0002", False, "refused")
+    verdict = json.loads((tmp_path / "promotion/promotion.json").read_text())
+    assert (verdict["decision"], verdict["champion"]) == ("refused", "v0001")
+    registry.name_champion("m", "v0002")
+    promote(tmp_path, second, tmp_path / "e2")
+    assert rows(tmp_path)[1] == ("v0002", True, "promoted")
+    assert (
+        json.loads((tmp_path / "promotion/promotion.json").read_text())["champion_digest"]
+        == manifest.read(second).digest
+    )
+
+
+def test_a_superseded_champion_was_not_rolled_back_from(registry, tmp_path):
+    for content in ("one", "two", "three"):
+        enter(registry, tmp_path, content)
+    registry.promote("m", "v0001", "", "r")
+    registry.promote("m", "v0002", "v0001", "r")
+    registry.promote("m", "v0001", "v0002", "better on other data")
+    registry.rollback("m", "v0003")
+    with pytest.raises(GateRefused, match="rolled back from v0001 to v0003"):
+        registry.promote("m", "v0001", "v0003", "r")
+    assert registry.promote("m", "v0002", "v0003", "r").number == 5
+
+
+def test_of_many_judges_none_is_lost(registry, tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    enter(registry, tmp_path, "one")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda who: registry.judge("m", "v0001", "refused", f"{who}", 0, {}), range(8)))
+    found = registry.judgements("m")
+    assert [judgement.number for judgement in found] == list(range(1, 9))
+    assert {judgement.reason for judgement in found} == {f"{who}" for who in range(8)}
+
+
+def test_a_version_from_before_there_were_judgements_is_read(tmp_path):
+    from trainer.registry import _sealed
+
+    registry = Registry(tmp_path / "r")
+    enter(registry, tmp_path, "one")
+    path = tmp_path / "r/m/versions/v0001/version.json"
+    body = json.loads(path.read_text())
+    del body["seal"], body["format"]
+    path.write_bytes(_sealed(body | {"decision": "refused", "reason": "r"}))
+    registry.promote("m", "v0001", "", "r")
+    assert registry.list_versions("m")[0]["decision"] == "promoted"
