@@ -293,7 +293,7 @@ def last_screen(folder: Path, paint: Paint, took: float, ran: int) -> list[str]:
     )
     lines += ["", *(f"  {paint(line, 'dim') if i == 0 else line}" for i, line in enumerate(table(metrics)))]
     baseline = (metrics.get("baseline") or {}).get("name")
-    lines += ["", *_wrap(_verdict(metrics), 2)] if baseline else []
+    lines += ["", *_wrap(_verdict(metrics), 2)] if baseline and baseline != "none" else []
     decision = promotion.get("decision", "")
     colour = "green" if decision == "promoted" else "yellow"
     champion = promotion.get("champion") or "none"

@@ -177,10 +177,17 @@ def test_first_model_is_promoted_if_it_beats_the_baseline_else_refused(classify)
     )
     assert (metrics["gate"]["decision"] == "promoted") == beats
     assert "the baseline" in metrics["gate"]["reason"]
+
+
+def test_with_nothing_to_beat_a_model_is_refused_and_the_figures_keep_their_keys(classify):
     without = classify.evaluate("without", "evaluate.baseline=false")
-    assert without["gate"]["decision"] == "promoted"
-    assert "no baseline" in without["gate"]["reason"]
-    assert "baseline" not in without
+    assert without["gate"]["decision"] == "refused"
+    assert "evaluate.baseline" in without["gate"]["reason"]
+    assert without["baseline"] == {"name": "none"}
+    assert without["comparison"] == {}
+    page = (classify.root / "without" / "report.html").read_text(encoding="utf-8")
+    assert "baseline: none" not in page
+    balanced(page)
 
 
 def test_limits_refuse(classify):
@@ -199,7 +206,9 @@ def test_challengers_are_judged_on_the_champions_own_test_set(classify, tmp_path
     off = "evaluate.baseline=false"
     registry = Registry(classify.root / "registry")
     classify.evaluate("weak", off, quantized=weak)
-    classify.promote("weak", weak)
+    with pytest.raises(GateRefused, match=r"evaluate\.baseline"):
+        classify.promote("weak", weak)
+    registry.name_champion("m", "v0001")
     assert registry.champion("m").version == "v0001"
     strong = classify.evaluate("strong", off)
     assert strong["gate"]["decision"] == "promoted"
@@ -231,7 +240,9 @@ def test_rows_of_the_champions_test_set_that_were_trained_on_do_not_count(classi
     manifest.seal(other.folder, "dataset", classify.dataset.meta, {})
     if not Registry(classify.root / "registry").champion("m"):
         classify.evaluate("c", "evaluate.baseline=false")
-        classify.promote("c")
+        with pytest.raises(GateRefused):
+            classify.promote("c")
+        Registry(classify.root / "registry").name_champion("m", "v0001")
     challenger = train(
         tmp_path / "m", params_for("classify", classify.root / "registry", "train.seed=5"), Dataset(other.folder)
     )

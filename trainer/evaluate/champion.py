@@ -25,8 +25,8 @@ _WORD = re.compile(r"\w+")
 def compare(params: Params, dataset: Dataset, candidate: Path, digest: str, cache: Path) -> dict[str, Any] | None:
     """Compare a candidate with the champion of `promote.registry`.
 
-    Rows of the champion's test set that stand in the candidate's own train or val split, however cleaned, are left out: it has seen
-    them.
+    Rows of the champion's test set that stand in the candidate's own train or val split, however they were cleaned, are
+    left out: it has seen them.
 
     Args:
         params: sections `promote` and `evaluate`.

@@ -56,7 +56,8 @@ def decide(
         passed, words = better(champion, promote.alpha)
         return gate("promoted" if passed else "refused", f"{words} champion {version} on the champion's own test set")
     if baseline is None:
-        return gate("promoted", "there is no champion, and no baseline to beat (evaluate.baseline is false)")
+        reason = "there is no champion and no baseline to beat: set evaluate.baseline=true"
+        return gate("refused", f"{reason}, or name the champion with `millrace registry promote`")
     passed, words = better(baseline, promote.alpha)
     return gate("promoted" if passed else "refused", f"no champion yet; {words} the baseline, {baseline['name']}")
 

@@ -69,7 +69,7 @@ def header(call: Call, judged: Judged, metrics: Mapping[str, Any]) -> str:
     gate_ = metrics["gate"]
     candidate = metrics["candidate"]
     tiles: list[tuple[str, str]] = []
-    baseline = metrics.get("baseline")
+    baseline = judged.figures.get("baseline")
     if judged.metric == "accuracy":
         tiles.append((f"{candidate['accuracy']:.1%}", "accuracy on the test split"))
         tiles.append((f"{candidate['macro_f1']:.3f}", "macro-F1"))

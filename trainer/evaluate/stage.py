@@ -48,6 +48,7 @@ def run(call: Call) -> Result:
     decision = gate.decide(params.promote, judged.figures["candidate"], against, rival)
     folds = _cross_validate(call, dataset)
     metrics: dict[str, Any] = {
+        "baseline": {"name": "none"},
         **judged.figures,
         "comparison": against or {},
         "comparisons": {name: value for name, value in judged.comparisons.items() if name != "baseline"},
@@ -106,7 +107,7 @@ def _with_best(call: Call) -> Any:
 def _say(metrics: dict[str, Any], metric: str) -> None:
     for name in ("teacher", "student", "candidate", "baseline"):
         figures = metrics.get(name)
-        if figures:
+        if figures and metric in figures:
             title = f"{name} ({figures['name']})" if "name" in figures else name
             shown = {key: figures[key] for key in (metric, "macro_f1", "bytes", "latency_p50_ms") if key in figures}
             say(f"test, {title}", **shown)
