@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -21,7 +23,7 @@ from trainer.artifacts import manifest
 from trainer.artifacts.publish import building
 from trainer.config import Params
 from trainer.config.names import nearest
-from trainer.errors import ConfigError, GateRefused
+from trainer.errors import ConfigError, GateRefused, StorageError
 from trainer.record import Clock, make_record
 
 
@@ -43,7 +45,7 @@ class Call:
         inputs: local folders, verified; an optional input that was not given is absent.
         outputs: empty local folders to fill, one per output.
         scratch: a folder that outlives a killed stage, for checkpoints and journals; removed when the stage is done.
-            It is the same for the same parameters and inputs and another one otherwise.
+            It is the same for the same parameters (those of `FREE` aside) and inputs, and another one otherwise.
     """
 
     params: Params
@@ -61,12 +63,14 @@ class Result:
         meta: facts about each output's content, the same in every run with the same inputs (name -> JSON object).
         volatile: output files (relative paths) that may differ between such runs: timings, logs.
         gate_reason: why a gate refused; the outputs are published and the stage exits with 4.
+        params: sections as they were really used, where they are not those of the call: they go into the record.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
     meta: dict[str, dict[str, Any]] = field(default_factory=dict)
     volatile: tuple[str, ...] = ()
     gate_reason: str = ""
+    params: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,13 @@ class Stage:
     inputs: dict[str, Port]
     outputs: dict[str, Port]
 
+
+# Parameters by which a killed run and the one that goes on from it may differ: where and how often, not what. With
+# another number of threads the run is not equal in every bit, because sums are divided among threads.
+FREE: dict[str, frozenset[str]] = {
+    "train": frozenset({"processes", "threads", "checkpoint_every", "keep_checkpoints", "log_every"}),
+    "parallel": frozenset({"backend", "timeout_s", "max_restarts"}),
+}
 
 _DATASET = Port("dataset", "the preprocessed dataset")
 
@@ -191,7 +202,7 @@ def execute(
             folders = {port: stack.enter_context(building(target)) for port, target in targets.items()}
             result: Result = plugins.load(stage.target)(Call(params, local, folders, working))
             for port, folder in folders.items():
-                record = make_record(name, clock, sections, manifests, result.metrics)
+                record = make_record(name, clock, sections | result.params, manifests, result.metrics)
                 manifest.seal(folder, stage.outputs[port].kind, result.meta.get(port, {}), record, result.volatile)
         for port, uri in outputs.items():
             if storage.is_remote(uri):
@@ -206,7 +217,12 @@ def execute(
 
 def _fingerprint(name: str, sections: Mapping[str, Any], manifests: Mapping[str, manifest.Manifest]) -> str:
     digests = {port: found.digest for port, found in manifests.items()}
-    return hashlib.sha256(manifest.canonical([__version__, name, sections, digests])).hexdigest()[:12]
+    fixed = {section: _fixed(section, values) for section, values in sections.items()}
+    return hashlib.sha256(manifest.canonical([__version__, name, fixed, digests])).hexdigest()[:12]
+
+
+def _fixed(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in FREE.get(section, ())}
 
 
 def _local_target(uri: str, cache: Path) -> Path:
@@ -215,8 +231,23 @@ def _local_target(uri: str, cache: Path) -> Path:
 
 def _scratch_beside(uri: str) -> Path:
     if storage.is_remote(uri):
-        return Path(tempfile.gettempdir()) / "millrace-scratch"
+        return _private(Path(tempfile.gettempdir()) / f"millrace-scratch-{os.getuid()}")
     return storage.local_path(uri).absolute().parent / ".scratch"
+
+
+def _private(place: Path) -> Path:
+    """Make a folder that nobody else can enter: its name is known to all, and what it holds is resumed from.
+
+    Raises:
+        StorageError: it belongs to somebody else, is a link, or others can write to it.
+    """
+    with suppress(FileExistsError):
+        place.mkdir(mode=0o700)
+    found = place.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        message = f"{place}: is no folder that belongs to this user alone"
+        raise StorageError(message, "remove it, or give --scratch=FOLDER")
+    return place
 
 
 def _check_ports(stage: Stage, flag: str, ports: Mapping[str, Port], given: Mapping[str, str]) -> None:

@@ -1,11 +1,15 @@
 """The stage contract: ports, verified inputs, published outputs, gates, records, remote folders."""
 
 import json
+import os
+import tempfile
 import threading
+from dataclasses import replace
 
 import pytest
 
 from tests import toy
+from trainer import stage as contract
 from trainer import storage
 from trainer.artifacts import manifest
 from trainer.config.load import load
@@ -345,3 +349,60 @@ def test_the_stage_table_is_consistent():
 def test_records_are_json(tmp_path, source):
     call(tmp_path)
     json.dumps(manifest.read(tmp_path / "out/made").record, allow_nan=False)
+
+
+def test_scratch_is_the_same_for_other_ranks_threads_and_intervals():
+    def fingerprint(*words):
+        tree = load(None, list(words)).model_dump(mode="json")
+        return contract._fingerprint("train", {name: tree[name] for name in contract.STAGES["train"].sections}, {})
+
+    free = ["train.processes=2", "train.threads=3", "train.checkpoint_every=7", "train.keep_checkpoints=5",
+            "train.log_every=3", "parallel.max_restarts=2"]  # fmt: skip
+    assert {fingerprint(word) for word in free} == {fingerprint()}
+    assert (
+        len(
+            {
+                fingerprint(),
+                fingerprint("train.lr=0.5"),
+                fingerprint("train.batch_size=3"),
+                fingerprint("train.accumulation=2"),
+            }
+        )
+        == 4
+    )
+
+
+def test_every_free_parameter_is_one():
+    tree = load(None).model_dump(mode="json")
+    for section, names in contract.FREE.items():
+        assert names <= set(tree[section])
+
+
+def test_scratch_for_remote_outputs_is_this_users_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    place = contract._scratch_beside("s3://bucket/out")
+    assert str(os.getuid()) in place.name
+    assert place.stat().st_mode & 0o777 == 0o700
+    assert contract._scratch_beside("s3://bucket/out") == place
+    place.chmod(0o777)
+    with pytest.raises(StorageError, match="belongs to this user alone"):
+        contract._scratch_beside("s3://bucket/out")
+    place.rmdir()
+    place.symlink_to(tmp_path)
+    with pytest.raises(StorageError, match="belongs to this user alone"):
+        contract._scratch_beside("s3://bucket/out")
+    place.unlink()
+    place.mkdir(0o700)
+    found = place.lstat()
+    if os.geteuid() == 0:
+        os.chown(place, found.st_uid + 1, -1)
+        with pytest.raises(StorageError, match="belongs to this user alone"):
+            contract._scratch_beside("s3://bucket/out")
+
+
+def test_the_record_holds_the_sections_that_were_used(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(toy, "run", lambda call, run=toy.run: replace(run(call), params={"train": {"lr": 0.25}}))
+    call(tmp_path, params=load(None, ["train.lr=0.5"]))
+    record = manifest.read(tmp_path / "out/made").record
+    assert record["params"]["train"] == {"lr": 0.25}
+    assert record["params"]["data"]

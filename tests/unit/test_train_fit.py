@@ -12,9 +12,13 @@ from tests.tiny import tiny_dataset
 from trainer import models, tasks
 from trainer.config.load import load
 from trainer.errors import DivergedError
+from trainer.parallel.group import Ranks
 from trainer.tasks.classify import Classify
 from trainer.train import schedules
+from trainer.train.checkpoint import Checkpoints
 from trainer.train.fit import fit
+from trainer.train.loop import Loop
+from trainer.train.preempt import Preemption
 from trainer.train.state import seed_all
 
 FAMILY = {"classify": "encoder", "lm": "decoder", "image": "cnn"}
@@ -58,7 +62,13 @@ def test_eight_micro_batches_of_one_equal_one_of_eight(datasets, task):
     # changed at random, and must be changed alike.
     # (After some steps a rounded value falls on the other side of a ReLU's kink, and the convolutions part.)
     steps = 6 if task == "image" else 12
-    common = [f"train.max_steps={steps}", "train.log_every=1", "model.dropout=0.0", "train.optimizer=sgd", "train.lr=0.1"]
+    common = [
+        f"train.max_steps={steps}",
+        "train.log_every=1",
+        "model.dropout=0.0",
+        "train.optimizer=sgd",
+        "train.lr=0.1",
+    ]
     whole = train(datasets, task, "train.batch_size=8", "train.accumulation=1", *common)
     parts = train(datasets, task, "train.batch_size=1", "train.accumulation=8", *common)
     assert losses(parts) == pytest.approx(losses(whole), abs=1e-6)
@@ -265,3 +275,39 @@ def test_class_weights_raise_the_recall_of_a_rare_class(datasets):
     assert task.weights is not None
     counts = np.bincount(labels)
     np.testing.assert_allclose(task.weights.numpy() * counts, len(labels) / len(counts), rtol=1e-5)
+
+
+def test_a_run_that_goes_on_alone_keeps_the_size_of_the_steps_of_two_ranks(datasets, tmp_path):
+    # What two ranks leave: their steps take twice the batch. (Accumulation makes the same steps in one process.)
+    common = ["train.max_steps=0", "train.epochs=2", "train.log_every=1", "model.dropout=0.0", "train.optimizer=sgd"]
+    params = params_of("classify", "encoder", "train.batch_size=4", *common)
+    task = tasks.build(params, datasets["classify"])
+
+    def loop(ranks_batch, hook=None):
+        seed_all(0)
+        model = models.build(params.model, datasets["classify"].spec)
+        checkpoints = Checkpoints(tmp_path, 2, Ranks(), "run")
+        made = Loop(params, task, model, Ranks(), torch.device("cpu"), checkpoints, Preemption(), "t", None, hook)
+        if ranks_batch:
+            made._set_block(ranks_batch)
+        return made
+
+    whole = loop(8)
+    whole.run()
+
+    class Killed(Exception):
+        pass
+
+    def kill(step, *_):
+        if step == 5:
+            killed.save()
+            raise Killed
+
+    killed = loop(8, kill)
+    with pytest.raises(Killed):
+        killed.run()
+    alone = loop(0)
+    alone.resume()
+    assert alone.total == whole.total == 28
+    alone.run()
+    assert alone.progress.history == whole.progress.history

@@ -74,7 +74,7 @@ def launch(call: Call) -> Result:
         process.wait()
     if process.returncode == 0:
         content = json.loads((place / RESULT).read_text(encoding="utf-8"))
-        return Result(content["metrics"], content["meta"], tuple(content["volatile"]))
+        return Result(**content | {"volatile": tuple(content["volatile"])})
     raise explain(place, process.returncode, terminated)
 
 

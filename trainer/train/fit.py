@@ -13,15 +13,13 @@ from torch import nn
 from trainer.artifacts.manifest import canonical
 from trainer.config import Params
 from trainer.parallel import group
+from trainer.stage import FREE
 from trainer.tasks.base import Task
 from trainer.train.checkpoint import Checkpoints
 from trainer.train.device import machine
 from trainer.train.loop import Loop, OnEval, OnStep
 from trainer.train.preempt import Preemption
 from trainer.train.state import seed_all
-
-# What does not change the run's losses: it may differ between a killed run and the one that resumes it.
-_FREE = {"processes", "threads", "checkpoint_every", "keep_checkpoints"}
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,8 @@ def fit(
 
 
 def identity(params: Params, task: Task, model: nn.Module) -> str:
-    """A digest of what fixes a run: parameters, data and the shape of the model."""
-    train = {key: value for key, value in params.train.model_dump(mode="json").items() if key not in _FREE}
+    """A digest of what fixes a run: parameters (without `trainer.stage.FREE`), data and the shape of the model."""
+    train = {key: value for key, value in params.train.model_dump(mode="json").items() if key not in FREE["train"]}
     shapes = {name: [str(value.dtype), list(value.shape)] for name, value in model.state_dict().items()}
     data = [task.name, task.dataset.manifest.digest]
     return hashlib.sha256(canonical([train, shapes, data])).hexdigest()

@@ -60,11 +60,15 @@ class Loop:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
-        self.block = self.train.batch_size * self.train.accumulation * ranks.size
-        self.steps_per_epoch = math.ceil(task.num_examples("train") / self.block)
-        self.total = self.train.max_steps or self.train.epochs * self.steps_per_epoch
+        self._set_block(self.train.batch_size * self.train.accumulation * ranks.size)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self._shown = log.Progress(what, self.total)
+
+    def _set_block(self, block: int) -> None:
+        """Fix the examples of a step over all ranks, and with them the number of steps."""
+        self.block = block
+        steps_per_epoch = math.ceil(self.task.num_examples("train") / block)
+        self.total = self.train.max_steps or self.train.epochs * steps_per_epoch
 
     # -- the run ----------------------------------------------------------------------------------------------------
 
@@ -97,7 +101,7 @@ class Loop:
         now.window_steps += 1
         now.offset += used
         if now.offset >= self.task.num_examples("train"):
-            now.epoch, now.offset, now.block = now.epoch + 1, 0, 0
+            now.epoch, now.offset = now.epoch + 1, 0
         self._log_step(norm / self._scale)
 
     def _after_step(self) -> None:
@@ -116,10 +120,9 @@ class Loop:
         The cursor is (seed, epoch, offset): the order of an epoch does not depend on the number of ranks.
         """
         now = self.progress
-        now.block = now.block or self.block
         if self._order[0] != now.epoch:
             rng = np.random.default_rng([self.train.seed, now.epoch])
-            self._order = (now.epoch, self.task.order("train", rng, now.block))
+            self._order = (now.epoch, self.task.order("train", rng, self.block))
         index = self._order[1][now.offset : now.offset + self.block]
         size = self.train.batch_size
         batches = []
@@ -246,6 +249,7 @@ class Loop:
 
     def save(self) -> None:
         """Write a checkpoint of the whole state."""
+        self.progress.block = self.block
         tree = {
             "model": dict(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
@@ -264,6 +268,10 @@ class Loop:
         self.optimizer.load_state_dict(tree["optimizer"])
         self.best = {name: value.to(self.device) for name, value in tree["best"].items()}
         self.progress = Progress(**tree["progress"])
+        if self.progress.block != self.block:
+            # Another number of ranks shares the steps as they were: the same gradients, rates and number of steps.
+            self._set_block(self.progress.block)
+            self._shown = log.Progress(self.what, self.total)
         if rng is not None:
             set_rng_state(rng, self.device)
 

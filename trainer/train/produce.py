@@ -29,6 +29,7 @@ def train(call: Call) -> Result:
     seed_all(params.train.seed)
     model = models.build(params.model, dataset.spec)
     num_parameters = models.num_parameters(model)
+    used = {name: getattr(params, name).model_dump(mode="json") for name in ("task", "model", "train")}
     first = not distributed.is_initialized() or distributed.get_rank() == 0
     if first:
         log.say(f"train {params.model.name} on {task.num_examples('train')} examples", num_parameters=num_parameters)
@@ -39,9 +40,8 @@ def train(call: Call) -> Result:
         tokenizer = dataset.tokenizer_path if dataset.tokenizer_path.is_file() else None
         models.save(folder, fitted.model, params.model, dataset.spec, dataset.labels, tokenizer, metrics)
         (folder / HISTORY).write_text(history_lines(fitted.history), encoding="utf-8")
-        sections = {name: getattr(params, name).model_dump(mode="json") for name in ("task", "model", "train")}
         title = f"{params.model.name} {params.task.name} model"
-        write_model_card(folder, title=title, dataset=dataset, metrics=metrics, params=sections, made_by="train")
+        write_model_card(folder, title=title, dataset=dataset, metrics=metrics, params=used, made_by="train")
         rounded = {name: round(value, 4) for name, value in metrics.items()}
         log.say(f"trained {fitted.steps} steps in {fitted.seconds:.1f} s, best at step {fitted.best_step}", **rounded)
     meta = {
@@ -52,7 +52,7 @@ def train(call: Call) -> Result:
         "steps": fitted.steps,
         "best_step": fitted.best_step,
     }
-    return Result(metrics=metrics, meta={"model": meta})
+    return Result(metrics=metrics, meta={"model": meta}, params=used)
 
 
 def tuned(params: Params, tuning: Path | None) -> Params:

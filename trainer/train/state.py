@@ -19,7 +19,7 @@ class Progress:
         step: optimizer steps done.
         epoch: passes over the data done.
         offset: examples of the epoch that were used up, over all ranks: with the seed and the epoch it is the cursor.
-        block: examples per step when the epoch's order was drawn.
+        block: examples per step over all ranks; a run that goes on with other ranks keeps it.
         evaluated: the last step that was evaluated; -1 before the first.
         best_score: best score of the validation split so far.
         best_step: its step.
