@@ -120,7 +120,7 @@ def _add_predict(command: Command) -> None:
 
 
 def _add_registry(command: Command) -> None:
-    sub = command("registry", "list, show or roll back promoted models", "registry")
+    sub = command("registry", "list, show, roll back or promote models", "registry")
     sub.add_argument(
         "--uri", metavar="URI", help="the registry (default: promote.registry of params.yaml, else registry)"
     )
@@ -131,9 +131,11 @@ def _add_registry(command: Command) -> None:
     for name, help in (
         ("show", "print all about a version as JSON (default: the champion)"),
         ("rollback", "make an earlier version the champion (default: the one before)"),
+        ("promote", "make a version the champion by hand, whatever the gate said"),
     ):
         each = actions.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
-        each.add_argument("model", metavar="MODEL", help="name of the model")
+        model = "name of the model (default: promote.model of params.yaml, else the only one in the registry)"
+        each.add_argument("model", metavar="MODEL", nargs="?", default="", help=model)
         each.add_argument("version", metavar="VERSION", nargs="?", default="", help="such as v0001")
 
 

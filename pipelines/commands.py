@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines import project
 from pipelines.dvcfile import OUT
@@ -18,6 +20,9 @@ from trainer.config.load import dump, load
 from trainer.config.names import nearest
 from trainer.errors import EXIT_OK, ArtifactError, ConfigError, DataError, StorageError
 from trainer.storage import explained
+
+if TYPE_CHECKING:
+    from trainer.registry import Registry
 
 
 def run(args: Namespace) -> int:
@@ -67,10 +72,10 @@ def _use_preset(name: str, path: Path, force: bool) -> None:
 
 def predict(args: Namespace) -> int:
     """`millrace predict`: inputs in, a line of JSON each out, a batch at a time."""
-    model = _model_folder(args.model)
     from trainer.predict import Predictor
 
-    predictor = Predictor(model)
+    with tempfile.TemporaryDirectory(prefix="millrace-") as cache:
+        predictor = Predictor(_model_folder(args.model, Path(cache)))
     inputs = iter(args.texts) if args.texts else _read_inputs(args.file, args.text)
     count = 0
     while batch := list(islice(inputs, args.batch_size)):
@@ -83,8 +88,8 @@ def predict(args: Namespace) -> int:
     return EXIT_OK
 
 
-def _model_folder(given: str | None) -> Path:
-    """The folder of a model: the one given, the champion, or the last run's.
+def _model_folder(given: str | None, cache: Path) -> Path:
+    """The folder of a model: the one given, the champion (below `cache`, if its registry is remote), or the last run's.
 
     Raises:
         ArtifactError: there is none.
@@ -103,7 +108,6 @@ def _model_folder(given: str | None) -> Path:
         registry = Registry(uri)
         champion = registry.champion(params.promote.model)
         if champion:
-            cache = Path(OUT) / ".champion"
             return registry.fetch(params.promote.model, champion.version, "model", cache)
     path = Path(OUT) / "quantized"
     if path.is_dir():
@@ -155,15 +159,21 @@ def _input_of(line: str, where: str, key: str) -> str:
 
 
 def registry(args: Namespace) -> int:
-    """`millrace registry ls|show|rollback`."""
+    """`millrace registry ls|show|rollback|promote`."""
     from trainer.registry import Registry
 
     found = Registry(args.uri or _params().promote.registry)
+    if args.action != "ls":
+        model, version = _model_and_version(found, args.model, args.version)
     if args.action == "show":
-        print(json.dumps(found.show(args.model, args.version), indent=1, ensure_ascii=False))
-    elif args.action == "rollback":
-        entry = found.rollback(args.model, args.version)
-        print(f"{args.model}: the champion is {entry['version']} (was {entry['previous'] or 'none'})")
+        print(json.dumps(found.show(model, version), indent=1, ensure_ascii=False))
+    elif args.action in ("rollback", "promote"):
+        if args.action == "promote" and not version:
+            raise ConfigError(
+                "registry promote: VERSION is missing", "name one of `millrace registry ls`, such as v0002"
+            )
+        entry = found.rollback(model, version) if args.action == "rollback" else found.name_champion(model, version)
+        print(f"{model}: the champion is {entry['version']} (was {entry['previous'] or 'none'})")
     else:
         rows = found.list_versions(args.model)
         if not rows:
@@ -171,6 +181,23 @@ def registry(args: Namespace) -> int:
         for row in rows:
             print(_version_line(row))
     return EXIT_OK
+
+
+def _model_and_version(found: Registry, model: str, version: str) -> tuple[str, str]:
+    """The words MODEL and VERSION, either of which may be left out.
+
+    Raises:
+        ConfigError: no model was named, and the registry holds several, none of them that of params.yaml.
+    """
+    known = found.models()
+    if not version and model not in known and re.fullmatch(r"v\d{4,9}", model):
+        model, version = "", model
+    if model:
+        return model, version
+    own = _params().promote.model
+    if own not in known and len(known) > 1:
+        raise ConfigError(f"registry {found.uri}: which model? it holds {', '.join(known)}", "name the MODEL")
+    return (own if own in known or not known else known[0]), version
 
 
 def _version_line(row: dict[str, Any]) -> str:

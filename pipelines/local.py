@@ -16,7 +16,8 @@ from pipelines.engine import Event, Repro
 from trainer import storage
 from trainer.config import Params
 from trainer.config.load import parse_override, read_tree
-from trainer.errors import EXIT_CODES, EXIT_OK, EXIT_REFUSED
+from trainer.errors import EXIT_CODES, EXIT_OK, EXIT_REFUSED, StorageError
+from trainer.registry import Registry
 
 LOG = f"{OUT}/run.log"
 _TAIL = 12
@@ -43,7 +44,7 @@ def run(overrides: list[str], *, force: bool = False, only: list[str] | None = N
     stages = list(yaml.safe_load((folder / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
     words = list(only or [])
     runs = [[*words, "--force"] if force else words]
-    if not force and not only and champion_is_gone(params):
+    if not force and not only and champion_moved(params):
         runs.append(["--force", "--single-item", *READS_REGISTRY])
     board = screen.Board(stages)
     paint = board.paint
@@ -53,7 +54,8 @@ def run(overrides: list[str], *, force: bool = False, only: list[str] | None = N
         code = code or _repro(folder, repro_words, board)
     if code or only:
         return code
-    for line in screen.last_screen(folder, paint, time.monotonic() - started, len(board.ran)):
+    champion = _present_champion(params)
+    for line in screen.last_screen(folder, paint, time.monotonic() - started, len(board.ran), champion=champion):
         print(line)
     sys.stdout.flush()
     promotion = screen.read_json(folder / OUT / "promotion" / "promotion.json")
@@ -116,15 +118,32 @@ def _explain(code: int, failed: list[str], tail: list[str], errors: list[str], r
         say(f"  its output: {LOG}; after the fix, the same command goes on where it stopped\n")
 
 
-def champion_is_gone(params: Params) -> bool:
-    """Whether the last run promoted into a local registry that has no champion any more: DVC does not see that."""
-    uri = params.promote.registry
-    verdict = screen.read_json(Path(OUT) / "promotion" / "promotion.json")
-    if not verdict or storage.is_remote(uri) or verdict.get("registry") != uri:
-        return False
-    from trainer.registry import Registry
+def champion_moved(params: Params) -> bool:
+    """Whether the champion is another one than the last run left, or none: DVC does not see that.
 
-    return bool(verdict.get("champion")) and Registry(uri).champion(params.promote.model) is None
+    It is after a rollback, when somebody else promoted, or when the registry was deleted. The candidate is then judged
+    again, against the champion of today.
+    """
+    verdict = screen.read_json(Path(OUT) / "promotion" / "promotion.json")
+    if (verdict.get("registry"), verdict.get("model")) != (params.promote.registry, params.promote.model):
+        return False
+    try:
+        champion = Registry(params.promote.registry).champion(params.promote.model)
+    except StorageError:
+        return False
+    if not champion:
+        return bool(verdict.get("champion"))
+    known = (verdict.get("champion"), verdict.get("champion_digest", champion.digest))
+    return known != (champion.version, champion.digest)
+
+
+def _present_champion(params: Params) -> str | None:
+    """The champion's version; empty if there is none, None if the registry cannot be asked."""
+    try:
+        champion = Registry(params.promote.registry).champion(params.promote.model)
+    except StorageError:
+        return None
+    return champion.version if champion else ""
 
 
 def _model_of_new_source(folder: Path, overrides: list[str]) -> list[str]:

@@ -278,8 +278,11 @@ def _cell(key: str, value: Any) -> str:
     return f"{value:.2f} ms" if key.endswith("_ms") else f"{value:.4f}"
 
 
-def last_screen(folder: Path, paint: Paint, took: float, ran: int) -> list[str]:
-    """What was made, how good it is, the gate's decision and what to do next."""
+def last_screen(folder: Path, paint: Paint, took: float, ran: int, *, champion: str | None = None) -> list[str]:
+    """What was made, how good it is, the gate's decision and what to do next.
+
+    `champion` is the present one (empty: none); without it, it is the one that the decision left.
+    """
     out = folder / OUT
     metrics = read_json(out / "evaluation" / "metrics.json")
     promotion = read_json(out / "promotion" / "promotion.json")
@@ -296,10 +299,14 @@ def last_screen(folder: Path, paint: Paint, took: float, ran: int) -> list[str]:
     lines += ["", *_wrap(_verdict(metrics), 2)] if baseline and baseline != "none" else []
     decision = promotion.get("decision", "")
     colour = "green" if decision == "promoted" else "yellow"
-    champion = promotion.get("champion") or "none"
+    left = promotion.get("champion") or ""
+    present = left if champion is None else champion
     lines += ["", f"  {paint(decision.upper(), 'bold', colour)}  {promotion.get('model')} {promotion.get('version')}"
-              f"  (champion: {champion}, in {promotion.get('registry')})"]  # fmt: skip
+              f"  (champion: {present or 'none'}, in {promotion.get('registry')})"]  # fmt: skip
     lines += _wrap(str(promotion.get("reason", "")), 2)
+    if present != left:
+        changed = f"The champion has changed since this was judged: it was {left or 'none'} then."
+        lines += _wrap(f"{changed} `registry ls` tells all; run again to be compared with today's.", 2)
     lines += ["", f"  {paint('Made', 'bold')}"]
     for path, what in (("quantized", "the model that is served"), ("model", "its teacher"),
                        ("evaluation/report.html", "the whole run on a page")):  # fmt: skip

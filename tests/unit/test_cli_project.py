@@ -1,6 +1,5 @@
 """Projects: params.yaml edited with its comments kept, dvc.yaml made from it, `millrace new`."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -198,13 +197,3 @@ def test_dvc_errors_come_as_ours(in_folder: Path) -> None:
     project.prepare(in_folder)
     with pytest.raises(MillraceError, match="dvc add"):
         project.dvc(in_folder, "add", "nowhere.csv")
-
-
-def test_champion_is_missed_only_where_there_was_one(in_folder: Path) -> None:
-    params = load("params.yaml")
-    assert not local.champion_is_gone(params)
-    (in_folder / "out" / "promotion").mkdir(parents=True)
-    verdict = '{"decision": "promoted", "champion": "v0001", "registry": "registry", "model": "text-classify"}'
-    (in_folder / "out" / "promotion" / "promotion.json").write_text(verdict, encoding="utf-8")
-    assert local.champion_is_gone(params)
-    shutil.rmtree(in_folder / "out")

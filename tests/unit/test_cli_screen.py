@@ -137,6 +137,20 @@ def test_last_screen_of_a_refusal_names_the_champion_that_stays(tmp_path: Path) 
     assert "nothing has changed" in text
 
 
+def test_last_screen_names_the_present_champion(tmp_path: Path) -> None:
+    """promotion.json is of the past: somebody may have promoted another one since."""
+    finished(tmp_path, METRICS, decision="promoted", champion="v0002", reason="r")
+    text = " ".join(screen.last_screen(tmp_path, screen.Paint(io.StringIO()), 2.0, 0, champion="v0007"))
+    assert "champion: v0007" in text
+    assert "since this was judged" in text
+    text = " ".join(screen.last_screen(tmp_path, screen.Paint(io.StringIO()), 2.0, 0, champion="v0002"))
+    assert "since" not in text
+    text = " ".join(screen.last_screen(tmp_path, screen.Paint(io.StringIO()), 2.0, 0, champion=""))
+    assert "champion: none" in text
+    finished(tmp_path, METRICS | {"baseline": {"name": "none"}}, decision="promoted", champion="v0002", reason="r")
+    assert "baseline" not in " ".join(screen.last_screen(tmp_path, screen.Paint(io.StringIO()), 2.0, 0))
+
+
 def test_last_screen_of_a_language_model_shows_its_own_figures(tmp_path: Path) -> None:
     metrics = {
         "candidate": {"bits_per_byte": 1.5, "perplexity": 9.1, "bytes": 10},

@@ -38,6 +38,27 @@ def test_commands_were_found() -> None:
     assert len(COMMANDS) > 15
 
 
+def untagged_commands(text: str) -> list[str]:
+    """Lines of code blocks without a tag that are commands."""
+    found, tag = [], None
+    for line in text.splitlines():
+        if line.startswith("```"):
+            tag = line[3:].strip() if tag is None else None
+        elif tag == "" and re.match(r"(\$ )?(millrace|make|dvc|python3?) ", line):
+            found.append(line)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_blocks_of_commands_are_tagged(page: Path) -> None:
+    assert untagged_commands(page.read_text(encoding="utf-8")) == []
+
+
+def test_an_untagged_block_of_commands_is_found() -> None:
+    text = "```sh\nmillrace run\n```\ntext\n```\nMakefile  targets\ndvc repro\n$ make run\n```\nmake up\n"
+    assert untagged_commands(text) == ["dvc repro", "$ make run"]
+
+
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
 def test_command_parses(page: str, line: str) -> None:
     words = shlex.split(line.split("|")[-1])
