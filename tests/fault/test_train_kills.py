@@ -1,17 +1,16 @@
-"""Killed training resumes to the same bits: kill -9 and SIGTERM at random moments, single process, real processes.
+"""Killed training resumes to the same bits: SIGKILL and SIGTERM at steps drawn from fixed seeds, real processes.
 
-Children come from a fork server that has imported torch already, so that many kills cost little.
+Each child signals itself after a given step, from a hook that the test gives to `fit`: nothing depends on how fast the
+machine is. Children come from a fork server that has imported torch already, so that many kills cost little.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
 import random
 import signal
-import time
 
 import pytest
 
@@ -20,30 +19,40 @@ from trainer.artifacts.dataset import Dataset
 
 pytestmark = pytest.mark.fault
 
+STEPS = 120
 WORDS = [
-    "train.threads=1", "train.batch_size=4", "train.max_steps=200", "train.eval_every=50", "train.log_every=7",
+    "train.threads=1", "train.batch_size=4", f"train.max_steps={STEPS}", "train.eval_every=50", "train.log_every=7",
     "train.checkpoint_every=10", "train.optimizer=muon", "train.lr=0.01", "train.early_stopping.patience=100",
     "model.name=encoder", "model.dim=32", "model.layers=1", "model.ff=32", "model.heads=2", "model.dropout=0.2",
 ]  # fmt: skip
 
 
-def child(dataset: str, scratch: str | None, result: str) -> None:
-    """Train, write the history's bits and the weights' digest."""
+def child(dataset: str, scratch: str | None, result: str, log: str, step: int, number: int) -> None:
+    """Train, send oneself a signal after a step, and write the history's bits and the weights' digest."""
     import hashlib
     from pathlib import Path
 
     from trainer import models, tasks
     from trainer.config.load import load
     from trainer.errors import Preempted
+    from trainer.train import checkpoint
     from trainer.train.fit import fit
     from trainer.train.state import seed_all
 
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+    checkpoint.SHARE = 1e9  # every checkpoint that may be written is: how long a save takes must not matter
     params = load(None, WORDS)
     data = Dataset(dataset)
     seed_all(0)
     model = models.build(params.model, data.spec)
+
+    def on_step(done: int, total: int, _model: object) -> None:
+        if done == step:
+            os.kill(os.getpid(), number)
+
     try:
-        fitted = fit(params, tasks.build(params, data), model, scratch=Path(scratch) if scratch else None)
+        place = Path(scratch) if scratch else None
+        fitted = fit(params, tasks.build(params, data), model, scratch=place, on_step=on_step)
     except Preempted as error:
         os._exit(error.exit_code)
     digest = hashlib.sha256()
@@ -54,16 +63,23 @@ def child(dataset: str, scratch: str | None, result: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def start():
+def run():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "trainer.train.fit", "trainer.tasks.classify", "trainer.models.encoder"])
 
-    def start(*arguments):
-        process = context.Process(target=child, args=tuple(str(a) if a else None for a in arguments))
+    def run(dataset, scratch, result, step=-1, number=signal.SIGKILL):
+        """Exit status of a child, and what it said."""
+        log = result.with_suffix(".log")
+        arguments = (str(dataset), str(scratch) if scratch else None, str(result), str(log), step, int(number))
+        process = context.Process(target=child, args=arguments)
         process.start()
-        return process
+        try:
+            process.join(120)
+            return process.exitcode, log.read_text()
+        finally:
+            process.kill()
 
-    return start
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -72,69 +88,37 @@ def dataset(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(dataset, start, tmp_path_factory):
-    """What a run without checkpoints and without kills gives, and how long it takes."""
+def undisturbed(dataset, run, tmp_path_factory):
+    """What a run without checkpoints and without kills gives."""
     result = tmp_path_factory.mktemp("whole") / "result.json"
-    began = time.monotonic()
-    process = start(dataset, None, result)
-    process.join(120)
-    assert process.exitcode == 0
-    return json.loads(result.read_text()), time.monotonic() - began
-
-
-def finish(start, dataset, scratch, result):
-    process = start(dataset, scratch, result)
-    try:
-        process.join(120)
-        assert process.exitcode == 0
-    finally:
-        process.kill()
+    assert run(dataset, None, result)[0] == 0
     return json.loads(result.read_text())
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_at_random_moments_it_ends_with_the_same_bits(number, dataset, undisturbed, start, tmp_path):
-    expected, seconds = undisturbed
-    seed = random.randrange(10**6)
-    print(f"seed {seed}")
-    delays = random.Random(seed)
-    codes = []
-    for _ in range(3):
-        process = start(dataset, tmp_path / "scratch", tmp_path / "killed.json")
-        try:
-            time.sleep(delays.uniform(0.1, 0.6 * seconds))
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, number)
-            process.join(60)
-        finally:
-            process.kill()
-        codes.append(process.exitcode)
-    # A run may have ended before its signal, or SIGTERM may come before training listens.
-    assert set(codes) <= {-number, 143, 0}
-    assert finish(start, dataset, tmp_path / "scratch", tmp_path / "result.json") == expected
+@pytest.mark.parametrize(
+    ("number", "code", "seed"),
+    [(signal.SIGKILL, -signal.SIGKILL, 1), (signal.SIGTERM, 143, 2), (signal.SIGTERM, 143, 3)],
+)
+def test_killed_at_random_steps_it_ends_with_the_same_bits(number, code, seed, dataset, undisturbed, run, tmp_path):
+    steps = sorted(random.Random(seed).sample(range(11, STEPS), 3))
+    print(f"seed {seed}: steps {steps}")
+    resumed = []
+    for step in steps:
+        status, said = run(dataset, tmp_path / "scratch", tmp_path / "killed.json", step, number)
+        assert status == code, said
+        resumed.append("resuming from checkpoint" in said)
+    assert resumed == [False, True, True]
+    status, said = run(dataset, tmp_path / "scratch", tmp_path / "result.json")
+    assert status == 0, said
+    # SIGKILL loses the steps since the last checkpoint, SIGTERM none.
+    last = steps[-1] if number == signal.SIGTERM else (steps[-1] - 1) // 10 * 10
+    assert f"resuming from checkpoint step-{last:09d}" in said
+    assert json.loads((tmp_path / "result.json").read_text()) == undisturbed
+    assert not (tmp_path / "killed.json").exists()
 
 
-def wait_for(folder, pattern, process, seconds=60.0):
-    """Wait until a file is there; fail if the process ends before."""
-    end = time.monotonic() + seconds
-    while not list(folder.glob(pattern)):
-        assert process.is_alive(), "it ended too early"
-        assert time.monotonic() < end, "it took too long"
-        time.sleep(0.005)
-
-
-def test_sigterm_leaves_a_checkpoint_of_the_last_step_and_143(dataset, undisturbed, start, tmp_path):
-    process = start(dataset, tmp_path, tmp_path / "r.json")
-    try:
-        wait_for(tmp_path, "train/step-*", process)
-        before = {path.name for path in tmp_path.glob("train/step-*")}
-        time.sleep(0.05)
-        process.terminate()
-        process.join(60)
-    finally:
-        process.kill()
-    assert process.exitcode == 143
-    after = {path.name for path in tmp_path.glob("train/step-*")}
-    assert max(after) > max(before)
-    assert not (tmp_path / "r.json").exists()
-    assert finish(start, dataset, tmp_path, tmp_path / "r.json") == undisturbed[0]
+def test_sigterm_in_the_first_step_leaves_a_checkpoint_of_it(dataset, undisturbed, run, tmp_path):
+    assert run(dataset, tmp_path, tmp_path / "r.json", 1, signal.SIGTERM)[0] == 143
+    assert [path.name for path in tmp_path.glob("train/step-*")] == ["step-000000001"]
+    assert run(dataset, tmp_path, tmp_path / "r.json")[0] == 0
+    assert json.loads((tmp_path / "r.json").read_text()) == undisturbed
