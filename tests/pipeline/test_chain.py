@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import yaml
 
 from tests.pipeline.conftest import GIT, SMALL, run_in
 from trainer.artifacts import manifest
+from trainer.artifacts.dataset import Dataset
 from trainer.registry import Registry
+from trainer.registry_stage import held_out_folder
 
 pytestmark = pytest.mark.pipeline
 
@@ -82,11 +85,27 @@ def test_a_change_of_evaluate_reruns_only_the_verdict(project: Path) -> None:
     assert str(project) not in json.dumps(record), "no path of a machine"
 
 
-def test_a_deleted_registry_is_noticed_and_promoted_into_again(project: Path) -> None:
+def test_a_deleted_registry_is_noticed_and_entered_again(project: Path) -> None:
     shutil.rmtree(project / "registry")
-    done = run_in(project, "millrace", "run")
+    done = run_in(project, "millrace", "run", code=4)
     assert ran(done) == ["evaluate", "promote"]
-    assert Registry(project / "registry").champion("text-classify") is not None
+    assert len(Registry(project / "registry").versions("text-classify")) == 1
+    assert "champion: none" in done.stdout
+
+
+def test_a_champion_that_was_changed_elsewhere_is_noticed(project: Path) -> None:
+    """A run after a rollback neither calls the candidate the champion nor makes it the champion again."""
+    registry = Registry(project / "registry")
+    other = shutil.copytree(project / "out/student", project.parent / "other")
+    with tempfile.TemporaryDirectory() as place:
+        test = held_out_folder(Dataset(project / "out/dataset"), Path(place) / "test")
+        version = registry.add("text-classify", other, test, {}, bytes=1).version
+    registry.rollback("text-classify", version)
+    done = run_in(project, "millrace", "run", code=4)
+    assert ran(done) == ["evaluate", "promote"]
+    assert f"champion: {version}" in done.stdout
+    assert registry.champion("text-classify").version == version
+    assert ran(run_in(project, "millrace", "run", code=4)) == []
 
 
 def test_a_corrupted_artifact_is_made_again(project: Path) -> None:
@@ -130,7 +149,8 @@ def test_own_csv_with_three_words(project: Path) -> None:
     rows = [f'"the {kind} number {i} is {kind} indeed",{kind}' for i in range(60) for kind in ("good", "bad", "odd")]
     (project / "my reviews.csv").write_text("body,stars\n" + "\n".join(rows) + "\n", encoding="utf-8")
     done = run_in(project, "millrace", "run", "data.source=my reviews.csv", "data.text=body", "data.label=stars",
-                  "data.dedup.near=false")  # fmt: skip
+                  "data.dedup.near=false", code=4)  # fmt: skip
+    run_in(project, "millrace", "registry", "promote", "v0001")
     assert "raw" not in ran(done)
     assert Registry(project / "registry").champion("my-reviews") is not None
     assert Registry(project / "registry").champion("text-classify") is not None, "the other model is still there"

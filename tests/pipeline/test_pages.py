@@ -19,6 +19,7 @@ ELSEWHERE = {
     "millrace run data.source=": "tests/pipeline/test_chain.py::test_own_csv_with_three_words",
     "millrace run": "tests/pipeline/test_chain.py::test_a_change_of_train_reruns_train_and_what_follows",
     "millrace new": "tests/pipeline/test_chain.py::test_a_new_project_runs_outside_of_any_git",
+    "millrace registry rollback": "tests/unit/test_cli_registry.py::test_the_model_of_params_is_the_default",
     "dvc exp run": "tests/pipeline/test_chain.py::test_experiments_metrics_and_plots",
     "dvc repro": "tests/pipeline/test_chain.py::test_repro_typed_by_hand_finds_nothing_to_do",
 }
