@@ -29,7 +29,7 @@ FAMILIES = {
     "textcnn": {"dim": 16, "filters": 8},
     "encoder": {"dim": 16, "ff": 32, "layers": 1, "heads": 2},
     "decoder": {"dim": 16, "ff": 32, "layers": 1, "heads": 2, "kv_heads": 1},
-    "cnn": {"width": 8, "stages": 2},
+    "cnn": {"width": 16, "stages": 2},
     "vit": {"dim": 16, "ff": 32, "layers": 1, "heads": 2},
 }
 TASKS = {"decoder": "lm", "cnn": "image", "vit": "image"}

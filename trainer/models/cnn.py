@@ -6,6 +6,8 @@ not depend on how it is divided into micro-batches and ranks, and training and i
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +16,8 @@ from trainer.config import model as families
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    # Groups of 8 channels, or all in one: fewer channels have too few pixels, and int8 rounding shows.
-    return nn.GroupNorm(channels // 8 if channels % 8 == 0 else 1, channels)
+    # 4 groups, or fewer where they would not be equal.
+    return nn.GroupNorm(math.gcd(4, channels), channels)
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
