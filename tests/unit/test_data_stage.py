@@ -319,7 +319,6 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], str], str]] = {
     "column twice": (csv_file(MANY.replace("text,label", "text,label,label", 1)), "column 'label' appears twice"),
     "label key absent": (jsonl_file([{"text": "a", "lbl": "x"}] * 60), "line 1: has no key 'label'; did you mean 'lbl'"),
     "not UTF-8": (csv_file(MANY.replace("word", "w\xf6rd").encode("latin-1")), "line 2: is not UTF-8 (byte 0xf6"),
-    "not UTF-8 in parts": (csv_file(MANY.replace("word12", "w\xf6rd12").encode("latin-1")), "rows are not UTF-8"),
     "UTF-16": (csv_file(MANY.encode("utf-16")), "a.csv"),
     "binary": (csv_file(bytes(range(256)) * 40), "a.csv"),
     "truncated Parquet": (truncated_parquet, "a.parquet: not a complete Parquet file"),
@@ -356,6 +355,40 @@ def test_bad_rows_are_dropped_up_to_the_limit_and_the_row_after_it_is_named(tmp_
     assert dataset.meta["dropped"] == {"malformed:text_not_string": 4}
     with pytest.raises(DataError, match=r"^a\.jsonl: line 30: key 'text' is a number.*the first is a\.jsonl: line 10"):
         preprocess(tmp_path / "none", path, max_bad_rows=2)
+
+
+def test_a_row_that_is_not_utf8_is_a_bad_row_even_in_a_small_file(tmp_path: Path) -> None:
+    source = csv_file(MANY.replace("word", "w\xf6rd", 1).encode("latin-1"))(tmp_path)
+    assert preprocess(tmp_path / "out", source).meta["dropped"] == {"malformed:encoding": 1}
+    with pytest.raises(DataError, match=r"line 2: is not UTF-8.*data\.max_bad_rows=0") as error:
+        preprocess(tmp_path / "none", source, max_bad_rows=0)
+    assert "data.encoding" in error.value.hint
+
+
+def test_the_row_after_a_limit_of_thousands_is_named(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [*rows(100), *([[1]] * 3000)])
+    with pytest.raises(DataError, match=r"^a\.jsonl: line 1601: "):
+        preprocess(tmp_path / "none", path, max_bad_rows=1500)
+
+
+def test_equal_texts_with_several_labels_fall_into_the_same_split(tmp_path: Path) -> None:
+    items = [{"text": text, "label": f"l{label}"} for text in sentences(60) for label in range(3)]
+    off = {"exact": False, "near": False}
+    split = {"stratify": True, "val": 0.2, "test": 0.2}
+    dataset = preprocess(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", items), dedup=off, split=split)
+    assert dataset.meta["kept"] == 180
+    texts = [set(dataset.split(name).texts()) for name in SPLITS]
+    assert all(texts)
+    assert sum(map(len, texts)) == 60
+
+
+def test_errors_in_a_rewritten_file_name_the_file_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "MAX_LINE", 1000)
+    monkeypatch.setattr(chunks, "_BLOCK", 500)
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(("x" * 3000).encode("utf-16"))
+    with pytest.raises(DataError, match=r"^rows\.jsonl: line 1: longer"):
+        preprocess(tmp_path / "out", path, encoding="utf-16")
 
 
 def test_the_named_row_does_not_depend_on_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

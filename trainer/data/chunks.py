@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.names import nearest
-from trainer.data.examples import Bad
+from trainer.data.examples import Bad, to_example
 from trainer.data.json_stream import items
-from trainer.data.readers import csv_records, decode
+from trainer.data.readers import csv_records, decode, json_rows
 from trainer.data.sources import RawFile
 from trainer.errors import ConfigError, DataError
 
@@ -50,6 +50,34 @@ def plan(files: list[RawFile], encoding: str, keys: tuple[str, str], task: str, 
     return chunks
 
 
+def check_columns(file: RawFile, encoding: str, keys: tuple[str, str], task: str) -> None:
+    """Check that the first row of a raw file has the columns or keys that are named, without reading the rest.
+
+    Raises:
+        DataError: it has not; the message names the nearest.
+    """
+    if file.format == "parquet":
+        _parquet(file, keys, task)
+    elif is_wide(encoding):
+        return  # it has to be rewritten first
+    elif file.format in ("csv", "tsv"):
+        lines = _sized_lines(file.path, encoding, {})
+        record = next(csv_records(lines, "\t" if file.format == "tsv" else ",", 0), None)
+        if record:
+            _header(file.name, record[2], keys, task)
+    elif file.format in ("jsonl", "json"):
+        rows = items(file.path, file.name, encoding) if file.format == "json" else _first_json(file, encoding)
+        found = to_example(next(iter(rows), {}), *keys, task)
+        if isinstance(found, Bad):
+            raise DataError(f"{file.name}: row 1: {found.message}", "name the keys of the text and of the label")
+
+
+def _first_json(file: RawFile, encoding: str) -> Iterator[Any]:
+    for _, row in json_rows((number, line) for number, line in _sized_lines(file.path, encoding, {})):
+        if not isinstance(row, Bad):  # damaged rows are counted when all is read
+            yield row
+
+
 def _plan_file(file: RawFile, encoding: str, keys: tuple[str, str], task: str) -> list[Chunk]:
     if file.format == "parquet":
         return _parquet(file, keys, task)
@@ -59,12 +87,13 @@ def _plan_file(file: RawFile, encoding: str, keys: tuple[str, str], task: str) -
         raise DataError(f"{file.name}: plain text has no labels", "set task.name=lm, or give a CSV with a label column")
     form = "jsonl" if file.format == "json" else file.format
     return [
-        {"format": form, "start": start, "end": end, "first": first} for start, end, first in line_ranges(file.path)
+        {"format": form, "start": start, "end": end, "first": first}
+        for start, end, first in line_ranges(file.path, file.name)
     ]
 
 
-def line_ranges(path: Path) -> Iterator[tuple[int, int, int]]:
-    """(start byte, end byte, number of the first line) of chunks of whole lines."""
+def line_ranges(path: Path, name: str = "") -> Iterator[tuple[int, int, int]]:
+    """(start byte, end byte, number of the first line) of chunks of whole lines; `name` is what errors call the file."""
     start = position = line_start = 0
     first = line = 1
     with open(path, "rb") as file:
@@ -79,7 +108,9 @@ def line_ranges(path: Path) -> Iterator[tuple[int, int, int]]:
                 line_start = position + block.rfind(b"\n") + 1
             position += len(block)
             if position - line_start > MAX_LINE:
-                raise DataError(f"{path.name}: line {line}: longer than {MAX_LINE} bytes", "write one row per line")
+                raise DataError(
+                    f"{name or path.name}: line {line}: longer than {MAX_LINE} bytes", "write one row per line"
+                )
     if position > start:
         yield start, position, first
 

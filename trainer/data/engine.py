@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from trainer import plugins
+from trainer.cores import num_cores
 from trainer.errors import ConfigError, DataError, MillraceError, StorageError
 from trainer.storage import explained
 
@@ -34,12 +35,8 @@ _ERRORS: dict[str, type[MillraceError]] = {kind.__name__: kind for kind in (Conf
 
 
 def num_workers(workers: int) -> int:
-    """The number of worker processes: as asked for, or one per usable core."""
-    if workers:
-        return workers
-    with suppress(AttributeError):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """The number of worker processes: as asked for, or one per core that this process may use."""
+    return workers or num_cores()
 
 
 def call(kernel: str, task: str) -> str:

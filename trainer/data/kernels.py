@@ -22,7 +22,7 @@ from trainer.data import job as jobs
 from trainer.data.clean import make_cleaner
 from trainer.data.examples import Bad, Example, to_example
 from trainer.data.job import Job
-from trainer.data.split import assign, split_hashes
+from trainer.data.split import assign, split_hashes, stratum_of_each
 
 # Rows as workers pass them on. `count` is how many equal rows of a chunk this one stands for.
 ROWS = pa.schema(
@@ -35,7 +35,6 @@ ROWS = pa.schema(
 PACKED = pa.schema(
     [("id", pa.large_string()), ("text", pa.large_string()), ("label", pa.int32()), ("source", pa.large_string())]
 )
-MAX_EXAMPLES = 1000
 _ENCODE_ROWS = 1000
 
 Task = dict[str, Any]
@@ -58,7 +57,7 @@ def ingest(task: Task) -> dict[str, Any]:
     """Read, clean and hash the rows of a chunk.
 
     Returns:
-        read: number of rows; dropped: reason -> number; bad: [line, message] of the first malformed rows.
+        read: number of rows; dropped: reason -> number; bad: [line, message] of each malformed row, up to the one too many.
     """
     work = Path(task["work"])
     job = jobs.load(work)
@@ -71,8 +70,7 @@ def ingest(task: Task) -> dict[str, Any]:
         example = _example(row, job, Path(chunk["path"]).parent)
         if isinstance(example, Bad):
             rows.dropped[f"malformed:{example.kind}"] += 1
-            if len(rows.bad) < MAX_EXAMPLES:
-                rows.bad.append((line, example.message))
+            rows.bad.append((line, example.message))  # any of them can be the one too many, and then it is named
             num_bad += 1
             if num_bad > config.max_bad_rows:
                 break
@@ -271,7 +269,9 @@ def ids_of(table: pa.Table) -> np.ndarray:
 def splits_of(table: pa.Table, codes: np.ndarray, job: Job) -> np.ndarray:
     """The split of each row, by its content hash."""
     assert job.cuts is not None
-    return assign(split_hashes(ids_of(table), job.config.split.seed), codes, job.cuts)
+    hashes = split_hashes(ids_of(table), job.config.split.seed)
+    # Equal texts are in the same partition, so that one partition shows all of them.
+    return assign(hashes, stratum_of_each(hashes, codes) if len(job.cuts) > 1 else codes, job.cuts)
 
 
 def pack(task: Task) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def read(chunk: dict[str, Any], encoding: str) -> Iterator[Numbered]:
     """
     path, form = Path(chunk["path"]), chunk["format"]
     if form == "parquet":
-        return parquet_rows(path, chunk["groups"], chunk["first"])
+        return parquet_rows(path, chunk["groups"], chunk["first"], chunk.get("name", path.name))
     lines = text_lines(path, chunk["start"], chunk["end"], chunk["first"], encoding)
     if form == "jsonl":
         return json_rows(lines)
@@ -165,8 +165,8 @@ def csv_rows(lines: Iterator[tuple[int, str | Bad]], header: list[str], delimite
         yield number, fields if isinstance(fields, Bad) else dict(zip(header, fields, strict=True))
 
 
-def parquet_rows(path: Path, groups: list[int], first: int) -> Iterator[Numbered]:
-    """Rows of some row groups, numbered from `first`."""
+def parquet_rows(path: Path, groups: list[int], first: int, name: str) -> Iterator[Numbered]:
+    """Rows of some row groups, numbered from `first`; `name` is what errors call the file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -178,5 +178,5 @@ def parquet_rows(path: Path, groups: list[int], first: int) -> Iterator[Numbered
                     yield number, row
                     number += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        message = f"{path.name}: row {number}: cannot be read: {' '.join(str(error).split())[:200]}"
+        message = f"{name}: row {number}: cannot be read: {' '.join(str(error).split())[:200]}"
         raise DataError(message, "the file is damaged; write it again") from None

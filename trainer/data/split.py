@@ -54,6 +54,18 @@ def stratified_cuts(
     return cuts
 
 
+def stratum_of_each(hashes: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The label by which each row is cut: its own, or for equal texts with several labels, the smallest one of them all.
+
+    Otherwise one text could fall into train by one label and into test by another.
+    """
+    order = np.lexsort((labels, hashes))
+    _, starts, group = np.unique(hashes[order], return_index=True, return_inverse=True)
+    result = np.empty_like(labels)
+    result[order] = labels[order][starts][group]
+    return result
+
+
 def assign(hashes: np.ndarray, labels: np.ndarray, cuts: list[tuple[int, int]]) -> np.ndarray:
     """The split of each row as int8. `cuts` has one entry for all rows, or one per label."""
     table = np.array(cuts, np.uint64)

@@ -150,11 +150,11 @@ def _ingest(runner: _Runner, plan: list[chunks.Chunk], names: list[str], params:
             first = f"{name}: line {bad[0][0]}: {bad[0][1]}"
         before, num_bad = num_bad, sum(number for reason, number in dropped.items() if reason.startswith(_MALFORMED))
         if num_bad > data.max_bad_rows:
-            line, message = bad[min(data.max_bad_rows - before, len(bad) - 1)]
+            line, message = bad[data.max_bad_rows - before]
             raise _too_many(f"{name}: line {line}: {message}", first, dropped, data.max_bad_rows)
     for number, wrong in undecodable.items():
-        # A few such rows are damaged rows; many mean that the whole file is in another encoding.
-        if wrong and wrong * 4 >= rows_of[number]:
+        # Some such rows are damaged rows, up to the limit; all of them mean that the file is in another encoding.
+        if wrong and wrong == rows_of[number]:
             message = (
                 f"{names[number]}: {wrong} of {rows_of[number]} rows are not {encoding.upper()}; the first: {first}"
             )
@@ -170,7 +170,10 @@ def _too_many(where: str, first: str, dropped: Counter[str], allowed: int) -> Da
     message = f"{where}; with it more than data.max_bad_rows={allowed} rows are malformed ({_reasons(kinds)})"
     if first != where:
         message += f"; the first is {first}"
-    return DataError(message, "correct the rows, or raise data.max_bad_rows to count and drop them")
+    hint = "correct the rows, or raise data.max_bad_rows to count and drop them"
+    if kinds[f"{_MALFORMED}encoding"] * 2 > kinds.total():
+        hint = f"set data.encoding to the file's encoding, such as latin-1; or {hint}"
+    return DataError(message, hint)
 
 
 def _reasons(dropped: Counter[str]) -> str:
@@ -206,6 +209,7 @@ def _choose(
         hashes.append(split.split_hashes(kernels.ids_of(table), data.split.seed))
         numbers.append(own)
     joined, labels = np.concatenate(hashes), np.concatenate(numbers)
+    labels = split.stratum_of_each(joined, labels)
     cuts = split.stratified_cuts(joined, labels, len(job.labels or []), data.split.val, data.split.test)
     return job.extended(cuts=cuts), dict(sorted(counts.items()))
 
