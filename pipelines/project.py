@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -141,7 +142,7 @@ def new(folder: Path, data: Path, text: str, label: str, preset: str, overrides:
 
     Raises:
         ConfigError: the folder is not empty, or an override is wrong.
-        DataError: there is no such data.
+        DataError: there is no such data, or it has not these columns.
     """
     data = data.expanduser()
     if not data.exists():
@@ -149,36 +150,66 @@ def new(folder: Path, data: Path, text: str, label: str, preset: str, overrides:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: is there already and is not empty", "name a folder that does not exist yet")
     place = f"data/{data.name}"
-    values = [f"data.source={place}", f"data.text={text}", f"data.label={label}", *overrides]
+    values = [f"data.source={place}", f"data.text={text}", f"data.label={label}", f"promote.model={model_name(place)}"]
     content = presets.text(preset)
-    tree = apply_overrides(parse_yaml(content, preset), values)
-    validate(tree, f"preset {preset}")
-    made = not folder.exists()
+    tree = apply_overrides(parse_yaml(content, preset), [*values, *overrides])
+    params = validate(tree, f"preset {preset}")
+    _check_columns(data, params)
+    existed = folder.is_dir()
+    # Built aside, on the same file system: a failure leaves what was there before.
+    aside = folder / ".millrace-new" if existed else folder.with_name(f".{folder.name}.millrace-new")
     try:
+        storage.remove(aside)
+        _build(aside, data, place, edit(content, tree))
+        if existed:
+            for path in sorted(aside.iterdir(), key=lambda path: path.name == PARAMS):  # what makes it a project, last
+                path.rename(folder / path.name)
+            aside.rmdir()
+        else:
+            aside.rename(folder)
+    except BaseException:
+        storage.remove(aside)
+        raise
+    return params
+
+
+def model_name(source: str) -> str:
+    """The name in the registry of a model of this data, made from the data's own name."""
+    stem = Path(source.rstrip("/")).stem.removeprefix("builtin:").lower()
+    name = re.sub(r"[^a-z0-9]+", "-", stem).strip("-")[:63].strip("-")
+    return name or "default"
+
+
+def _check_columns(data: Path, params: Params) -> None:
+    """Raises DataError when a file of rows has not the columns that were named."""
+    from trainer.data.chunks import check_columns
+    from trainer.data.sources import FORMATS, RawFile
+
+    form = FORMATS.get(data.suffix.lower(), "") if params.data.format == "auto" else params.data.format
+    if data.is_file() and form:
+        keys = (params.data.text, params.data.label)
+        with storage.explained(data):
+            check_columns(RawFile(data, data.name, form), params.data.encoding, keys, params.task.name)
+
+
+def _build(folder: Path, data: Path, place: str, content: str) -> None:
+    """Write a whole project into a folder that does not exist."""
+    with storage.explained(folder):
         (folder / "data").mkdir(parents=True)
         target = folder / place
         if data.is_dir():
             shutil.copytree(data, target)
         else:
             shutil.copyfile(data, target)
-        (folder / PARAMS).write_text(edit(content, tree), encoding="utf-8")
+        (folder / PARAMS).write_text(content, encoding="utf-8")
         (folder / ".dvcignore").write_text(IGNORED_BY_DVC, encoding="utf-8")
         (folder / ".gitignore").write_text(IGNORED_BY_GIT, encoding="utf-8")
         prepare(folder)
-        dvc(folder, "add", "-q", place)
-        return _in(folder)
-    except BaseException:
-        if made:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _in(folder: Path) -> Params:
-    """Write dvc.yaml; its paths are relative to the project's folder."""
+    dvc(folder, "add", "-q", place)
     before = Path.cwd()
-    os.chdir(folder)
+    os.chdir(folder)  # the paths of dvc.yaml are relative to the project's folder
     try:
-        return configure(Path(), [])
+        configure(Path(), [])
     finally:
         os.chdir(before)
 

@@ -171,6 +171,45 @@ def test_new_makes_a_whole_project(in_folder: Path, capsys: pytest.CaptureFixtur
     assert "cd there/too" in capsys.readouterr().out
 
 
+def test_new_names_the_model_after_the_data_unless_it_is_named(in_folder: Path) -> None:
+    (in_folder / "My rows.csv").write_text("text,label\nhello,1\n", encoding="utf-8")
+    for folder, words, name in (("a", [], "my-rows"), ("b", ["promote.model=mine"], "mine")):
+        assert main(["new", folder, "--data", "My rows.csv", *words]) == 0
+        assert load(in_folder / folder / "params.yaml").promote.model == name
+    assert local._model_of_new_source(in_folder, ["data.source=data/My rows.csv"]) == ["promote.model=my-rows"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_new_that_fails_leaves_what_was_there(there: bool, in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (in_folder / "rows.csv").write_text("text,label\nhello,1\n", encoding="utf-8")
+    if there:
+        (in_folder / "there").mkdir()
+
+    def fail(folder: Path, *words: str) -> str:
+        raise MillraceError("dvc add: no", "see DVC's message")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(project, "dvc", fail)
+        before = sorted(in_folder.rglob("*"))
+        assert main(["new", "there", "--data", "rows.csv"]) != 0
+        assert sorted(in_folder.rglob("*")) == before
+    assert main(["new", "there", "--data", "rows.csv"]) == 0
+    assert load(in_folder / "there" / "params.yaml").data.source == "data/rows.csv"
+    assert not list(in_folder.rglob("*millrace-new*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("rows.csv", "text,lable\nhello,1\n"), ("rows.jsonl", '{"text": "hello", "lable": "1"}\n')]
+)
+def test_new_names_the_nearest_column(
+    name: str, content: str, in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (in_folder / name).write_text(content, encoding="utf-8")
+    assert main(["new", "there", "--data", name]) == 2
+    assert "did you mean 'lable'" in capsys.readouterr().err
+    assert not (in_folder / "there").exists()
+
+
 @pytest.mark.parametrize("word", ["train.lr=fast", "nothing.here=1"])
 def test_new_leaves_nothing_when_it_is_refused(word: str, in_folder: Path) -> None:
     (in_folder / "rows.csv").touch()
