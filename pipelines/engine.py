@@ -87,6 +87,8 @@ class Repro:
                 start_new_session=True,
             )
             assert self._process.stdout is not None
+            if self._signal:
+                self._forward()  # it came before there was a process to pass it on to
             try:
                 self._read(self._process.stdout, on_event, tick_s)
             finally:

@@ -151,6 +151,21 @@ def test_a_signal_reaches_the_stage_which_saves_its_state(tmp_path: Path, number
         stop(process)
 
 
+def test_a_signal_before_there_is_a_process_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, one="sleep 60")
+    real = subprocess.Popen
+
+    def late(*words: object, **options: object) -> subprocess.Popen:
+        monkeypatch.setattr(subprocess, "Popen", real)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*words, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", late)
+    run, events = repro(tmp_path)
+    assert run.exit_code == 143
+    assert ("done", "one") not in kinds(events)
+
+
 def leftovers(folder: Path) -> list[str]:
     """Processes that still work in the folder."""
     found = []
