@@ -38,8 +38,8 @@ lint: $(DEV) ## format, lint, types, and that generated files are up to date
 bench: $(BENCH) ## the numbers of the README, each beside its peer
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python $$file; done
 
-fault: $(DEV) ## kills, corruption, full disks: the long versions too
-	@$(BIN)/python -m pytest -n $(JOBS) -m fault $(ARGS)
+fault: $(DEV) ## the long fault tests: fifty kills over all stages (the short ones are part of test)
+	@$(BIN)/python -m pytest -n $(JOBS) -m "fault and slow" $(ARGS)
 
 e2e: $(DEV) ## the slow tests: whole presets, the network unplugged
 	@$(BIN)/python -m pytest -m "slow and not fault" $(ARGS)
