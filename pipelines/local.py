@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import re
 import sys
 import time
 from pathlib import Path
@@ -156,6 +155,4 @@ def _model_of_new_source(folder: Path, overrides: list[str]) -> list[str]:
     before = (read_tree(folder / project.PARAMS).get("data") or {}).get("source")
     if not source or source == before or "promote.model" in values:
         return []
-    stem = Path(source.rstrip("/")).stem.removeprefix("builtin:").lower()
-    name = re.sub(r"[^a-z0-9]+", "-", stem).strip("-")[:63].strip("-")
-    return [f"promote.model={name or 'default'}"]
+    return [f"promote.model={project.model_name(source)}"]

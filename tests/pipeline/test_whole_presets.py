@@ -46,6 +46,9 @@ def make(folder: Path, *words: str) -> subprocess.CompletedProcess:
     """`make` in a folder, with this environment for its .venv: its stamp says that it is set up."""
     env = environment() | {"PYTHONPATH": str(folder)}
     env.pop("OMP_NUM_THREADS")
+    # A make around these tests must not hand its own variables on.
+    for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "ARGS"):
+        env.pop(name, None)
     settings = [f"VENV={sys.prefix}", f"PYTHON={sys.executable}"]
     planned = subprocess.run(
         ["make", "-n", *settings, *words], cwd=folder, env=env, capture_output=True, text=True, check=True

@@ -15,8 +15,8 @@ from trainer.artifacts.dataset import SPLITS, Dataset, Split
 from trainer.config import Params
 from trainer.config.load import validate
 from trainer.config.train import EarlyStopping
+from trainer.cores import num_cores
 from trainer.errors import ConfigError, DataError
-from trainer.train.device import num_cores
 from trainer.train.fit import fit
 from trainer.train.state import seed_all
 
