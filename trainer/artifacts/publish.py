@@ -45,13 +45,28 @@ def check_replaceable(target: Path) -> None:
     """Raise a StorageError unless the target is free, an empty folder or an artifact."""
     if not target.name:
         raise StorageError(f"{target}: not a folder to write an artifact to", "choose a folder inside")
-    if target.is_dir():
-        if not (target / storage.MANIFEST).is_file() and any(target.iterdir()):
+    while True:
+        try:
+            folder = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            return
+        except NotADirectoryError:
             raise StorageError(
-                f"{target}: holds files that are no artifact", "choose another folder, or empty this one"
-            )
-    elif target.exists():
-        raise StorageError(f"{target}: is a file, a folder is to be written", "choose another path, or remove it")
+                f"{target}: is a file, a folder is to be written", "choose another path, or remove it"
+            ) from None
+        try:
+            # Through the descriptor, and only believed if the folder still stands there: another publisher may
+            # have moved this one aside and be removing its files.
+            with os.scandir(folder) as entries:
+                names = {entry.name for entry in entries}
+            if not names or storage.MANIFEST in names:
+                return
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(folder), target.stat()):
+                    break
+        finally:
+            os.close(folder)
+    raise StorageError(f"{target}: holds files that are no artifact", "choose another folder, or empty this one")
 
 
 def _make_locked(target: Path) -> tuple[Path, int]:
