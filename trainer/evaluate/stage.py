@@ -80,7 +80,10 @@ def run(call: Call) -> Result:
 
 
 def _cross_validate(call: Call, dataset: Dataset) -> dict[str, Any]:
-    """Mean and standard deviation of the accuracy over `evaluate.folds` folds; empty if there are none to make."""
+    """Mean and standard deviation of the accuracy over `evaluate.folds` folds; empty if there are none to make.
+
+    The parameters are those of params.yaml, not the best of the search: that has seen the rows that are held out here.
+    """
     params = call.params
     if not params.evaluate.folds or dataset.spec.task == "lm":
         return {}
@@ -88,20 +91,10 @@ def _cross_validate(call: Call, dataset: Dataset) -> dict[str, Any]:
 
     from trainer.train.crossval import cross_validate
 
-    params = _with_best(call)
     scores = [float(value) for value in cross_validate(params, dataset, params.evaluate.folds)]
     spread = stdev(scores) if len(scores) > 1 else 0.0
     say(f"cross-validation, {len(scores)} folds: accuracy {fmean(scores):.4f} +- {spread:.4f}")
     return {"folds": len(scores), "accuracy": fmean(scores), "std": spread, "accuracies": scores}
-
-
-def _with_best(call: Call) -> Any:
-    """The parameters with the best values of the search, as train uses them."""
-    from trainer.config.load import with_values
-
-    path = call.inputs["tuning"] / "best.json" if "tuning" in call.inputs else None
-    values = json.loads(storage.read_bytes(str(path)))["params"] if path and path.is_file() else {}
-    return with_values(call.params, values) if values else call.params
 
 
 def _say(metrics: dict[str, Any], metric: str) -> None:
