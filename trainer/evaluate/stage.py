@@ -15,7 +15,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from trainer import storage
 from trainer.artifacts import manifest
 from trainer.artifacts.dataset import Dataset
 from trainer.evaluate import champion, gate, outputs
