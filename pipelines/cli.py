@@ -6,8 +6,6 @@ Starts in well under half a second: torch, DVC and the rest are imported by the 
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -195,21 +193,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _stage(words[1:])
     args = _parse(words)
     from pipelines import commands
-    from trainer.__main__ import report_error
+    from trainer.__main__ import exit_status
 
-    try:
-        handler: Callable[[argparse.Namespace], int] = getattr(commands, args.handler)
-        code = handler(args)
-        sys.stdout.flush()
-        return code
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except BrokenPipeError:
-        # Whoever read our output has enough of it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except Exception as error:
-        return report_error(error)
+    handler: Callable[[argparse.Namespace], int] = getattr(commands, args.handler)
+    return exit_status(lambda: handler(args))
 
 
 if __name__ == "__main__":

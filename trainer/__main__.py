@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from trainer import __version__, log
 from trainer.config.names import nearest
@@ -158,13 +158,22 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status that `trainer.errors` lists."""
+
+    def run() -> int:
+        args = parse_args(argv)
+        log.configure(args.log_format)
+        # OpenMP's idle threads spin for milliseconds by default, which slows training tenfold on shared cores.
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+        return run_stage(args)
+
+    return exit_status(run)
+
+
+def exit_status(run: Callable[[], int]) -> int:
+    """Call an entry point's work; returns its exit status, or the one that what ended it means."""
     try:
         try:
-            args = parse_args(argv)
-            log.configure(args.log_format)
-            # OpenMP's idle threads spin for milliseconds by default, which slows training tenfold on shared cores.
-            os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-            return run_stage(args)
+            return run()
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
