@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
-import stat
 import tempfile
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from trainer import __version__, plugins, storage
+from trainer import scratch as scratches
 from trainer.artifacts import manifest
 from trainer.artifacts.publish import building
 from trainer.config import Params
 from trainer.config.names import nearest
-from trainer.errors import ConfigError, GateRefused, StorageError
+from trainer.errors import ConfigError, GateRefused
 from trainer.record import Clock, make_record
 
 
@@ -196,20 +195,17 @@ def execute(
         manifests = {port: manifest.read(folder, stage.inputs[port].kind) for port, folder in local.items()}
         sections = {section: params.model_dump(mode="json")[section] for section in stage.sections}
         targets = {port: _local_target(uri, cache / "out" / port) for port, uri in outputs.items()}
-        place = storage.local_path(scratch) if scratch else _scratch_beside(next(iter(outputs.values())))
-        working = place / f"{name}-{_fingerprint(name, sections, manifests)}"
-        with ExitStack() as stack, storage.explained(", ".join(outputs.values()), storage.UNWRITABLE):
-            folders = {port: stack.enter_context(building(target)) for port, target in targets.items()}
-            result: Result = plugins.load(stage.target)(Call(params, local, folders, working))
-            for port, folder in folders.items():
-                record = make_record(name, clock, sections | result.params, manifests, result.metrics)
-                manifest.seal(folder, stage.outputs[port].kind, result.meta.get(port, {}), record, result.volatile)
-        for port, uri in outputs.items():
-            if storage.is_remote(uri):
-                storage.send(targets[port], uri)
-    storage.remove(working)
-    with suppress(OSError):
-        place.rmdir()  # if no other stage has left something there
+        fingerprint = _fingerprint(name, sections, manifests)
+        with scratches.held(name, fingerprint, next(iter(outputs.values())), scratch) as working:
+            with ExitStack() as stack, storage.explained(", ".join(outputs.values()), storage.UNWRITABLE):
+                folders = {port: stack.enter_context(building(target)) for port, target in targets.items()}
+                result: Result = plugins.load(stage.target)(Call(params, local, folders, working))
+                for port, folder in folders.items():
+                    record = make_record(name, clock, sections | result.params, manifests, result.metrics)
+                    manifest.seal(folder, stage.outputs[port].kind, result.meta.get(port, {}), record, result.volatile)
+            for port, uri in outputs.items():
+                if storage.is_remote(uri):
+                    storage.send(targets[port], uri)
     if result.gate_reason:
         raise GateRefused(result.gate_reason, metrics=result.metrics)
     return result
@@ -227,27 +223,6 @@ def _fixed(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _local_target(uri: str, cache: Path) -> Path:
     return cache if storage.is_remote(uri) else storage.local_path(uri)
-
-
-def _scratch_beside(uri: str) -> Path:
-    if storage.is_remote(uri):
-        return _private(Path(tempfile.gettempdir()) / f"millrace-scratch-{os.getuid()}")
-    return storage.local_path(uri).absolute().parent / ".scratch"
-
-
-def _private(place: Path) -> Path:
-    """Make a folder that nobody else can enter: its name is known to all, and what it holds is resumed from.
-
-    Raises:
-        StorageError: it belongs to somebody else, is a link, or others can write to it.
-    """
-    with suppress(FileExistsError):
-        place.mkdir(mode=0o700)
-    found = place.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        message = f"{place}: is no folder that belongs to this user alone"
-        raise StorageError(message, "remove it, or give --scratch=FOLDER")
-    return place
 
 
 def _check_ports(stage: Stage, flag: str, ports: Mapping[str, Port], given: Mapping[str, str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.toy import make
 from trainer.artifacts import manifest
+from trainer.errors import StorageError
 
 pytestmark = pytest.mark.fault
 
@@ -76,6 +77,79 @@ def test_scratch_is_another_one_for_other_parameters_and_inputs(tmp_path):
         finally:
             end(process)
     assert [(scratch / "attempts").read_text() for scratch in (out / ".scratch").iterdir()] == ["x", "x", "x"]
+
+
+def test_success_sweeps_what_killed_runs_with_other_parameters_left_but_nothing_in_use(tmp_path):
+    source, out = make(tmp_path / "source"), tmp_path / "out"
+    killed = start("wait", source, out, "train.lr=0.5")
+    try:
+        wait_for(killed, "waiting")
+    finally:
+        end(killed)
+    (left,) = (out / ".scratch").iterdir()
+    strange = out / ".scratch" / "toyland"
+    strange.mkdir()
+    at_work = start("wait", source, out, "train.lr=0.25")
+    try:
+        wait_for(at_work, "waiting")
+        (used,) = set((out / ".scratch").iterdir()) - {left, strange}
+        done = start("write", source, out)
+        assert done.wait(timeout=60) == 0, end(done)
+        end(done)
+        assert set((out / ".scratch").iterdir()) == {used, strange}
+        assert (used / "attempts").read_text() == "x"
+    finally:
+        end(at_work)
+
+
+def test_success_sweeps_nothing_in_a_scratch_folder_that_was_named(tmp_path):
+    source, out, scratch = make(tmp_path / "source"), tmp_path / "out", tmp_path / "scratch"
+    killed = start("wait", source, out, "train.lr=0.5", "--scratch", str(scratch))
+    try:
+        wait_for(killed, "waiting")
+    finally:
+        end(killed)
+    done = start("write", source, out, "--scratch", str(scratch))
+    assert done.wait(timeout=60) == 0, end(done)
+    end(done)
+    assert len(list(scratch.iterdir())) == 1
+
+
+def test_the_same_run_twice_at_once_is_refused_and_leaves_the_first_alone(tmp_path):
+    source, out = make(tmp_path / "source"), tmp_path / "out"
+    first = start("wait", source, out)
+    try:
+        wait_for(first, "waiting")
+        second = start("write", source, out)
+        try:
+            status = second.wait(timeout=60)
+        finally:
+            _, _, stderr = end(second)
+        assert status == StorageError.exit_code
+        assert "another process runs this stage" in stderr
+        assert "--scratch" in stderr
+        (scratch,) = (out / ".scratch").iterdir()
+        assert (scratch / "attempts").read_text() == "x"
+        assert not (out / "made").exists()
+        elsewhere = start("write", source, out, "--scratch", str(tmp_path / "scratch"))
+        assert elsewhere.wait(timeout=60) == 0, end(elsewhere)
+        end(elsewhere)
+    finally:
+        end(first)
+
+
+def test_runs_that_start_as_another_ends_never_share_a_scratch_folder(tmp_path):
+    """Four identical runs at once: each ends well or is refused, one after the other."""
+    source, out = make(tmp_path / "source"), tmp_path / "out"
+    processes = [start("write", source, out) for _ in range(4)]
+    try:
+        statuses = [process.wait(timeout=90) for process in processes]
+    finally:
+        errors = [end(process)[2] for process in processes]
+    assert set(statuses) <= {0, StorageError.exit_code}, errors
+    assert 0 in statuses
+    assert (out / "notes" / "attempts.txt").read_text() == "x"
+    assert not (out / ".scratch").exists()
 
 
 def test_parameters_of_other_sections_do_not_change_the_scratch(tmp_path):

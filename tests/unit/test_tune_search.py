@@ -5,7 +5,7 @@ import math
 import pytest
 
 from trainer.config.stages import Dimension, Tune
-from trainer.errors import DivergedError, MillraceError, Preempted, StorageError
+from trainer.errors import DivergedError, MillraceError, Preempted
 from trainer.tune.search import MAX_ATTEMPTS, SearchError, best_of, search
 
 SPACE = {
@@ -195,15 +195,6 @@ def test_the_configured_values_are_the_first_trial(tmp_path):
     found = search(make(), objective, tmp_path, first=first)
     assert found.trials[0].params == first
     assert found.trials[1].params != first
-
-
-def test_two_searches_at_once_are_refused(tmp_path):
-    def nested(number, values, report):
-        search(make(), objective, tmp_path)
-        return 0.0
-
-    with pytest.raises(StorageError, match="another process runs this search"):
-        search(make(), nested, tmp_path)
 
 
 def test_an_error_of_the_search_itself_is_no_failed_trial(tmp_path):

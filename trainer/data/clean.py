@@ -12,6 +12,7 @@ from trainer.errors import ConfigError
 
 # Everything of Unicode's category Cc but tab and line feed; carriage returns become line feeds first.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_ASCII_CONTROL = bytes(byte for byte in range(128) if _CONTROL.match(chr(byte)))
 _SPACE = re.compile(r"\s+")
 _WORD = re.compile(r"[^\W\d_]+")
 _BLOCK_NAMES = (
@@ -76,7 +77,11 @@ def normalise_unicode(text: str) -> str:
     """NFC, line feeds as line ends, and no control characters but tab and line feed."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if not text.isascii() and not unicodedata.is_normalized("NFC", text):
+    if text.isascii():
+        # Twice as fast as the regular expression, which finds that most texts hold none.
+        raw = text.encode()
+        return raw.translate(None, _ASCII_CONTROL).decode()
+    if not unicodedata.is_normalized("NFC", text):
         text = unicodedata.normalize("NFC", text)
     if _CONTROL.search(text):
         # Taking out a control character can bring a letter and its accent together.

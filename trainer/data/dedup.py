@@ -17,7 +17,10 @@ from trainer.data.split import mix
 
 NUM_BINS = 128
 SHINGLE = 5
-_BATCH_BYTES = 1 << 18
+# Texts of one batch: their arrays stay in the processor's cache.
+_BATCH_BYTES = 1 << 17
+# Of a longer text than twice this the beginning and the end are read.
+_LONGEST = 1 << 18
 _BASE = 0x9E3779B97F4A7C15 | 1
 _EMPTY = np.uint64(2**64 - 1)
 _OFFSET = np.uint64(0xD1B54A32D192ED03)
@@ -51,20 +54,18 @@ def bands_and_rows(threshold: float) -> tuple[int, int]:
 
 
 @lru_cache
-def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Lower-case table, word-byte table, powers of the base and of its inverse modulo 2^64."""
-    lower = np.arange(256, dtype=np.uint8)
-    lower[65:91] += 32
-    word = np.zeros(256, bool)
-    word[[*range(48, 58), *range(65, 91), *range(97, 123), 95, *range(128, 256)]] = True
-    size = 2 * _BATCH_BYTES
+def _tables() -> tuple[bytes, np.ndarray, np.ndarray]:
+    """Table of the bytes that words have, powers of the base and of its inverse modulo 2^64."""
+    word = np.zeros(256, np.uint8)
+    word[[*range(48, 58), *range(65, 91), *range(97, 123), 95, *range(128, 256)]] = 1
+    size = 2 * _LONGEST
 
     def powers(base: int) -> np.ndarray:
         table = np.full(size, base, np.uint64)
         table[0] = 1
         return np.cumprod(table, dtype=np.uint64)
 
-    return lower, word, powers(_BASE), powers(pow(_BASE, -1, 2**64))
+    return word.tobytes(), powers(_BASE), powers(pow(_BASE, -1, 2**64))
 
 
 def band_keys(texts: list[bytes], threshold: float) -> np.ndarray:
@@ -95,46 +96,65 @@ def _batch_keys(texts: list[bytes], threshold: float) -> np.ndarray:
 
 def _shingles(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     """Hashes of all shingles, and the text that each is in. A text of fewer than five words is one shingle."""
-    lower, is_word, powers, inverse = _tables()
-    joined = np.frombuffer(b"\n".join(texts) + b"\n", np.uint8)
+    is_word, powers, inverse = _tables()
+    joined = b"\n".join(texts) + b"\n"
     if len(joined) > len(powers):  # one text longer than a batch: its beginning and end stand for it
         half = len(powers) // 2
-        joined = np.concatenate([joined[: half - 1], joined[-half:]])
+        joined = joined[: half - 1] + joined[-half:]
         lengths = [len(joined) - 1]
     else:
         lengths = [len(text) for text in texts]
-    inside = is_word[joined]
-    edges = np.flatnonzero(np.diff(inside, prepend=False, append=False))
+    # bytes.translate and bytes.lower look bytes up several times as fast as an index array does.
+    inside = np.frombuffer(joined.translate(is_word), np.bool_)
+    edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1  # the last byte is a line feed, so that words end
+    if inside[0]:
+        edges = np.concatenate([[0], edges])
     starts, ends = edges[::2], edges[1::2]
     prefix = np.zeros(len(joined) + 1, np.uint64)
-    np.cumsum(lower[joined] * powers[: len(joined)], out=prefix[1:])
+    np.cumsum(np.frombuffer(joined.lower(), np.uint8) * powers[: len(joined)], out=prefix[1:])
     words = mix((prefix[ends] - prefix[starts]) * inverse[starts])
 
     text_ends = np.cumsum(np.array(lengths, np.int64) + 1)
     counts = np.diff(np.searchsorted(starts, text_ends), prepend=0)
     owners = np.repeat(np.arange(len(lengths)), counts)
-    # Pad so that each text can be read five words from each of its words; words past its end count as nothing.
-    padded = np.concatenate([words, np.zeros(SHINGLE - 1, np.uint64)])
-    padded_owner = np.concatenate([owners, np.full(SHINGLE - 1, -1)])
-    total = np.zeros(len(words), np.uint64)
-    for step in range(SHINGLE):
-        same = padded_owner[step : step + len(words)] == owners
-        total = total * np.uint64(_BASE) + np.where(same, padded[step : step + len(words)], np.uint64(0))
-    first = np.diff(owners, prepend=-1) != 0
-    whole = padded_owner[SHINGLE - 1 : SHINGLE - 1 + len(words)] == owners
-    keep = whole | (first & (np.repeat(counts, counts) < SHINGLE))
-    return mix(total[keep]), owners[keep]
+    hashes, whole = _windows(words), owners[: 1 - SHINGLE] == owners[SHINGLE - 1 :]
+    short = np.flatnonzero((counts > 0) & (counts < SHINGLE))
+    firsts = (np.cumsum(counts) - counts)[short]
+    # A short text is read as if words that are nothing came after its own.
+    few = np.zeros((len(short), SHINGLE), np.uint64)
+    for step in range(SHINGLE - 1):
+        has = counts[short] > step
+        few[has, step] = words[firsts[has] + step]
+    hashes = np.concatenate([hashes[whole], _windows(few.ravel())[::SHINGLE]])
+    return mix(hashes), np.concatenate([owners[: 1 - SHINGLE][whole], short])
+
+
+def _windows(words: np.ndarray) -> np.ndarray:
+    """The polynomial of each run of five words, (words - 4) or none."""
+    size = max(len(words) - SHINGLE + 1, 0)
+    total = words[:size].copy()
+    for step in range(1, SHINGLE):
+        total *= np.uint64(_BASE)
+        total += words[step : step + size]
+    return total
 
 
 def _densify(bins: np.ndarray) -> np.ndarray:
     """Fill each empty bin from the nearest one before it (circularly), marked with the distance."""
-    filled = bins != _EMPTY
-    doubled = np.concatenate([filled, filled], axis=1)
-    position = np.where(doubled, np.arange(2 * NUM_BINS), -1)
-    source = np.maximum.accumulate(position, axis=1)[:, NUM_BINS:]
-    distance = (np.arange(NUM_BINS, 2 * NUM_BINS) - source).astype(np.uint64)
-    values = np.take_along_axis(bins, source % NUM_BINS, axis=1)
-    return np.where(filled.any(axis=1, keepdims=True), values + distance * _OFFSET, _EMPTY)
+    places = np.arange(NUM_BINS, dtype=np.int16)
+    source = np.where(bins != _EMPTY, places, np.int16(-1))
+    np.maximum.accumulate(source, axis=1, out=source)
+    # Before the first filled bin comes, around the circle, the last one; -1 where a row has none.
+    last = source[:, -1:].astype(np.int16)
+    source = np.where(source >= 0, source, last)
+    distance = (places - source) & np.int16(NUM_BINS - 1)
+    values = bins.ravel().take(source + np.arange(len(bins))[:, None] * NUM_BINS, mode="wrap")
+    return np.where(last >= 0, values + _marks()[distance], _EMPTY)
+
+
+@lru_cache
+def _marks() -> np.ndarray:
+    return np.arange(NUM_BINS).astype(np.uint64) * _OFFSET
 
 
 @lru_cache
@@ -145,12 +165,13 @@ def _order() -> np.ndarray:
 
 def _keys(bins: np.ndarray, threshold: float) -> np.ndarray:
     bands, rows = bands_and_rows(threshold)
-    chosen = bins[:, _order()[: bands * rows]].reshape(-1, bands, rows)
-    key = np.broadcast_to(np.arange(1, bands + 1).astype(np.uint64) * _OFFSET, chosen.shape[:2]).copy()
+    # Band by band, so that all arrays are contiguous.
+    chosen = bins.T[_order()[: bands * rows]].reshape(bands, rows, -1)
+    key = np.repeat((np.arange(1, bands + 1).astype(np.uint64) * _OFFSET)[:, None], len(bins), axis=1)
     for row in range(rows):
-        key = mix(key ^ chosen[:, :, row]) + np.uint64(_BASE)
-    key[(bins == _EMPTY).all(axis=1)] = 0
-    return key
+        key = mix(key ^ chosen[:, row]) + np.uint64(_BASE)
+    key[:, (bins == _EMPTY).all(axis=1)] = 0
+    return key.T
 
 
 def non_minimal(keys: np.ndarray, ids: np.ndarray) -> np.ndarray:

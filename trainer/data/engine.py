@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 # Below this many bytes of raw data starting worker processes costs more than they save.
 SMALL_BYTES = 32 << 20
-# The same for kernels that only sort and copy.
+# The same for kernels that only sort and copy, which run on threads of this process.
 LIGHT_BYTES = 256 << 20
 
 
@@ -69,28 +70,37 @@ class Engine:
         if self._pool:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def run(self, kernel: str, tasks: Sequence[dict[str, Any]], *, inline: bool = False) -> Iterator[dict[str, Any]]:
+    def run(self, kernel: str, tasks: Sequence[dict[str, Any]], *, light: bool = False) -> Iterator[dict[str, Any]]:
         """The kernel's result for each task, in the order of the tasks.
 
         Args:
             kernel: `module:function`.
             tasks: JSON objects.
-            inline: run in this process all the same.
+            light: run in this process all the same, on threads if the engine has workers.
 
         Raises:
             MillraceError: as the kernel raised it.
         """
         words = [json.dumps(task) for task in tasks]
         # A cluster may hold what this machine cannot; else one task gains nothing from another process.
-        here = inline or self.name == "inline" or (len(tasks) <= 1 and self.name != "ray")
+        here = self.name == "inline" or (len(tasks) <= 1 and self.name != "ray")
         how = {"pool": self._on_pool, "daft": self._on_daft, "ray": self._on_ray}
-        results = (call(kernel, word) for word in words) if here else how[self.name](kernel, words)
+        if here:
+            results: Iterator[str] = map(partial(call, kernel), words)
+        else:
+            results = self._on_threads(kernel, words) if light else how[self.name](kernel, words)
         for text in results:
             result = json.loads(text)
             if "error" in result:
                 name, message, hint = result["error"]
                 raise _ERRORS.get(name, DataError)(message, hint)
             yield result
+
+    def _on_threads(self, kernel: str, tasks: Sequence[str]) -> Iterator[str]:
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            yield from pool.map(partial(call, kernel), tasks)
 
     def _on_pool(self, kernel: str, tasks: Sequence[str]) -> Iterator[str]:
         import multiprocessing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from trainer.config.names import nearest
@@ -108,7 +109,7 @@ def _labelled(text: str, label: Any, key: str) -> Example | Bad:
         label = str(label)
     if not isinstance(label, str):
         return Bad("no_label", f"key {key!r} is a {_kind(label)}, not a label")
-    label = " ".join(label.split())
+    label = _one_line(label)
     if not label:
         return Bad("no_label", f"key {key!r} is empty")
     if len(label) > MAX_LABEL:
@@ -116,9 +117,14 @@ def _labelled(text: str, label: Any, key: str) -> Example | Bad:
     return _checked(text, label)
 
 
+@lru_cache(maxsize=4096)
+def _one_line(label: str) -> str:
+    return " ".join(label.split())
+
+
 def _checked(text: str, label: str | None) -> Example | Bad:
     try:
-        text.encode()
+        text.isascii() or text.encode()
         (label or "").encode()
     except UnicodeEncodeError:
         return Bad("encoding", "holds half of a surrogate pair, which is no character")

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.artifacts.dataset import END, SPLITS
+from trainer.config.data import Data
 from trainer.data import columns, dedup, pictures, readers
 from trainer.data import job as jobs
 from trainer.data.clean import make_cleaner
@@ -63,11 +64,14 @@ def ingest(task: Task) -> dict[str, Any]:
     job = jobs.load(work)
     config, chunk = job.config, task["chunk"]
     cleaner = make_cleaner(config.clean)
+    folder, is_image = Path(chunk["path"]).parent, job.task == "image"
     rows = _Rows()
     num_bad = 0
     for line, row in readers.read(chunk, task["encoding"]):
         rows.num_read += 1
-        example = _example(row, job, Path(chunk["path"]).parent)
+        example = row if isinstance(row, Bad) else to_example(row, config.text, config.label, job.task)
+        if is_image and isinstance(example, Example):
+            example = _with_pixels(example, config, folder)
         if isinstance(example, Bad):
             rows.dropped[f"malformed:{example.kind}"] += 1
             rows.bad.append((line, example.message))  # any of them can be the one too many, and then it is named
@@ -75,7 +79,7 @@ def ingest(task: Task) -> dict[str, Any]:
             if num_bad > config.max_bad_rows:
                 break
             continue
-        text, reason = (example.text, "") if job.task == "image" else cleaner(example.text)
+        text, reason = (example.text, "") if is_image else cleaner(example.text)
         if reason:
             rows.dropped[reason] += 1
             continue
@@ -87,12 +91,8 @@ def ingest(task: Task) -> dict[str, Any]:
     return {"read": rows.num_read, "dropped": dict(rows.dropped), "bad": rows.bad}
 
 
-def _example(row: Any, job: Job, folder: Path) -> Example | Bad:
-    """The example in a parsed row, its picture decoded."""
-    config = job.config
-    example = row if isinstance(row, Bad) else to_example(row, config.text, config.label, job.task)
-    if job.task != "image" or isinstance(example, Bad):
-        return example
+def _with_pixels(example: Example, config: Data, folder: Path) -> Example | Bad:
+    """The example with its picture decoded."""
     pixels = pictures.decode(example.picture, folder, config.image_size, config.image_channels)
     return pixels if isinstance(pixels, Bad) else Example(example.text, example.label, pixels)
 
@@ -299,7 +299,7 @@ def pack(task: Task) -> dict[str, Any]:
 
 
 def _write_packed(stem: Path, rows: pa.Table, codes: np.ndarray, job: Job) -> None:
-    places = zip(rows.column("file").to_pylist(), rows.column("line").to_pylist(), strict=True)
+    places = zip(columns.to_numpy(rows.column("file")), columns.to_numpy(rows.column("line")), strict=True)
     arrays = [
         columns.strings(dedup.hex_ids(ids_of(rows))),
         columns.blobs(rows.column("text").to_pylist(), pa.large_string()),
@@ -316,12 +316,16 @@ def _write_tokens(stem: Path, texts: pa.ChunkedArray, job: Job, task: Task) -> i
 
     encode = load_encoder(Path(task["work"]) / "tokenizer.json", task["fast"], task["threads"])
     limit = job.config.max_length if job.task == "classify" else None
-    tail = np.array([END] if job.task == "lm" else [], np.uint32)
+    end = np.array([END], np.uint32)
     lengths = []
     with open(f"{stem}.tokens", "wb") as file:
         for start in range(0, len(texts), _ENCODE_ROWS):
             batch = [text.decode() for text in texts.slice(start, _ENCODE_ROWS).to_pylist()]
-            encoded = [np.append(ids[:limit], tail) for ids in encode(batch)]
+            encoded = list(encode(batch))
+            if limit is not None:
+                encoded = [ids[:limit] for ids in encoded]
+            else:
+                encoded = [np.concatenate([ids, end]) for ids in encoded]
             lengths += [len(ids) for ids in encoded]
             file.write(np.concatenate(encoded).astype(task["dtype"]).tobytes())
     np.save(f"{stem}.lengths.npy", np.array(lengths, np.int64))

@@ -16,6 +16,9 @@ from trainer.errors import DataError
 MAX_RECORD = 8 << 20
 csv.field_size_limit(MAX_RECORD)
 
+# What json.loads calls in the end.
+_scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
+
 Numbered = tuple[int, Any]
 
 
@@ -68,6 +71,13 @@ def json_rows(lines: Iterator[tuple[int, str | Bad]]) -> Iterator[Numbered]:
         if isinstance(line, Bad):
             yield number, line
         elif line and not line.isspace():
+            try:
+                value, end = _scan(line, 0)
+                if end == len(line):
+                    yield number, value
+                    continue
+            except (ValueError, RecursionError, StopIteration):
+                pass  # white space around it, or what json.loads says better
             try:
                 yield number, json.loads(line)
             except json.JSONDecodeError as error:

@@ -12,7 +12,6 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +45,7 @@ def run(call: Call) -> Result:
     try:
         return _run(call.params, call.outputs["dataset"], work)
     finally:
-        storage.remove(work)
-        for folder in (call.scratch, call.scratch.parent):
-            with suppress(OSError):
-                folder.rmdir()  # only if nothing else is in it
+        storage.remove(work)  # nothing of it is used again
 
 
 def _run(params: Params, out: Path, work: Path) -> Result:
@@ -66,7 +62,7 @@ def _run(params: Params, out: Path, work: Path) -> Result:
     chosen = "inline" if total <= engine.SMALL_BYTES and data.engine != "ray" else data.engine
     log.say("preprocess: reading", files=len(names), bytes=total, chunks=len(plan), engine=chosen)
     with engine.Engine(chosen, data.workers) as runs_on:
-        runner = _Runner(runs_on, work, total <= engine.LIGHT_BYTES)
+        runner = _Runner(runs_on, work, small=total <= engine.LIGHT_BYTES)
         num_read, dropped = _ingest(runner, plan, names, params)
         parts: list[dict[str, Any]] = [{"partition": part} for part in range(partitions)]
         if data.dedup.near and task != "image":
@@ -112,16 +108,16 @@ def _write(
 class _Runner:
     """Runs kernels on tasks of this run."""
 
-    def __init__(self, runs_on: engine.Engine, work: Path, light_inline: bool) -> None:
+    def __init__(self, runs_on: engine.Engine, work: Path, small: bool) -> None:
         self.engine, self.work = runs_on, work
-        self.inline = {"near", "settle"} if light_inline else set()
+        self.light = {"near", "settle"} if small else set()
 
     def each(self, kernel: str, tasks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Results in the order of the tasks, as they come."""
         complete = [{"work": str(self.work.absolute()), **task} for task in tasks]
         with log.Progress(f"preprocess: {kernel}", len(tasks)) as progress:
             name = f"trainer.data.kernels:{kernel}"
-            for number, result in enumerate(self.engine.run(name, complete, inline=kernel in self.inline), 1):
+            for number, result in enumerate(self.engine.run(name, complete, light=kernel in self.light), 1):
                 progress.update(number)
                 yield result
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -111,15 +112,21 @@ def _plain_encoder(content: str) -> Encode:
 def _fast_encoder(content: str, threads: int = 1) -> Encode:
     import tiktoken
 
-    encoding = tiktoken.Encoding("millrace", pat_str=PATTERN, mergeable_ranks=ranks(content), special_tokens={})
+    mergeable = ranks(content)
+    # tiktoken gives its buffer of ids without a Python list only where it looks for special tokens too, and without
+    # one of them it looks at every position. This one is never allowed, so it stays plain text where a text has it.
+    never = {"\0<|never|>\0": max(mergeable.values()) + 1}
+    encoding = tiktoken.Encoding("millrace", pat_str=PATTERN, mergeable_ranks=mergeable, special_tokens=never)
+
+    def one(text: str) -> np.ndarray:
+        return encoding.encode_to_numpy(text, disallowed_special=())
 
     def encode(texts: list[str]) -> Iterator[np.ndarray]:
-        if threads > 1:
-            found: Iterable[list[int]] = encoding.encode_ordinary_batch(texts, num_threads=threads)
-        else:
-            found = map(encoding.encode_ordinary, texts)
-        for ids in found:
-            yield np.array(ids, np.uint32)
+        if threads == 1:
+            yield from map(one, texts)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(one, texts)
 
     return encode
 

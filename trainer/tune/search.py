@@ -8,10 +8,8 @@ A trial that fails or diverges is FAILED with its reason and never has a score.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -74,19 +72,18 @@ def search(
     Args:
         tune: the section.
         objective: trains and returns the value of `tune.metric`; an exception makes the trial FAILED.
-        scratch: folder of the journal.
+        scratch: folder of the journal, which no other process writes to meanwhile.
         first: values of the first trial, normally those that are configured; the grid has no use for it.
         evaluations: evaluations of a whole trial, if known: Hyperband's resource.
 
     Raises:
         MillraceError: all trials failed (DivergedError if all diverged), with their reasons.
         ConfigError: a grid over a continuous dimension.
-        StorageError: another process runs this search.
         Preempted: SIGTERM arrived in a trial; the same call goes on from there.
     """
     limit = min(tune.trials, space.grid_size(tune)) if tune.sampler == "grid" else tune.trials
     started = time.monotonic()
-    with _quiet(), _alone(scratch):
+    with _quiet():
         study = _open(tune, scratch)
         while True:
             trials = study.get_trials(deepcopy=False)
@@ -172,6 +169,8 @@ def _open(tune: Tune, scratch: Path) -> optuna.Study:
     import optuna
     from optuna.storages.journal import JournalFileBackend
 
+    with storage.explained(scratch):
+        scratch.mkdir(parents=True, exist_ok=True)
     path = scratch / "journal.jsonl"
     for stale in path.parent.glob(f"{path.name}.lock*"):
         storage.remove(stale)
@@ -342,22 +341,6 @@ def _summary(trial: optuna.trial.FrozenTrial) -> Trial:
         float(trial.user_attrs.get("seconds", 0.0)),
         dict(trial.intermediate_values),
     )
-
-
-@contextmanager
-def _alone(scratch: Path) -> Iterator[None]:
-    """Hold the search's lock, which the system releases when the process dies."""
-    with storage.explained(scratch):
-        scratch.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(scratch / "search.lock", os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StorageError(f"{scratch}: another process runs this search", "wait for it, or end it") from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
