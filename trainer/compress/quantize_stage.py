@@ -1,7 +1,7 @@
-"""Stage `quantize`: prune (optionally), export, quantise to int8, and measure each variant right after.
+"""Stage `quantize`: prune (optionally), calibrate, export, quantise to int8, and measure each variant right after.
 
 model.onnx          the served model: int8 as `quantize.serve` says, or fp32 where `quantize.enabled` is false
-model.safetensors   the same model in fp32, pruned if it was asked for
+model.safetensors   the same model in fp32, pruned if it was asked for, its probabilities calibrated
 table.json          one row per variant: bytes, latency, throughput, score on the validation split
 """
 
@@ -38,6 +38,7 @@ def run(call: Call) -> Result:
     """
     from trainer import models, tasks
     from trainer.compress import measure
+    from trainer.compress.calibrate import calibrate
     from trainer.train.loop import history_lines
 
     params, out = call.params, call.outputs["quantized"]
@@ -47,6 +48,9 @@ def run(call: Call) -> Result:
     history: list[dict[str, Any]] = []
     if params.quantize.prune.target > 0:
         history = prune(params, task, loaded, call.scratch)
+    temperature = calibrate(task, loaded.model) if params.quantize.temperature else 1.0
+    if temperature != 1.0:
+        say("quantize: logits are divided", temperature=temperature)
     tokenizer = call.inputs["student"] / models.TOKENIZER
     models.save(out, loaded.model, loaded.config, loaded.spec, loaded.labels, tokenizer, {})
     rows, served = variants(params, task, loaded, (out / models.WEIGHTS).stat().st_size)
@@ -67,6 +71,7 @@ def run(call: Call) -> Result:
         "num_parameters": models.num_parameters(loaded.model),
         "data_version": dataset.meta.get("data_version", ""),
         "served": chosen.variant,
+        "temperature": temperature,
         "bytes": chosen.bytes,
         "fp32_bytes": fp32.bytes,
         "val": metrics,

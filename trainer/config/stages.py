@@ -158,6 +158,8 @@ class Quantize(Section):
     """Also quantise with torchao and report it in the table."""
     calibration_rows: int = Field(default=256, ge=1)
     """Rows of the train split used to calibrate static quantisation."""
+    temperature: bool = True
+    """Scale a classifier's logits so that its probabilities fit the validation split."""
 
 
 class Evaluate(Section):

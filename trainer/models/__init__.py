@@ -5,7 +5,8 @@ has one function `build(config, spec) -> nn.Module`; `trainer.config.model.FAMIL
 
 Shapes: text classifiers map tokens int64 (batch, length), 0 = padding at the end, to logits (batch, labels); language
 models map the same tokens to logits (batch, length, vocabulary); image models map float32 (batch, channels, height,
-width) in 0..1 to logits (batch, labels).
+width) in 0..1 to logits (batch, labels). A classifier's last layer is an `nn.Linear` called `output`: its probabilities
+are calibrated there.
 """
 
 from __future__ import annotations
