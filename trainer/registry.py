@@ -21,7 +21,8 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,7 @@ class Registry:
 
     def judgements(self, model: str) -> list[Judgement]:
         """All judgements, oldest first."""
-        paths = [f"{model}/judgements/{number}.json" for number in self._numbers(model, "judgements")]
-        return [Judgement(**self._unsealed(self.store.read(path) or b"", path)) for path in paths]
+        return [self._read_judgement(model, number) for number in self._numbers(model, "judgements")]
 
     def champion(self, model: str) -> Promotion | None:
         """The newest entry of the log: what is the champion now; None if nothing was promoted yet."""
@@ -240,12 +240,19 @@ class Registry:
     def judge(
         self, model: str, version: str, decision: str, reason: str, event: int, evaluation: dict[str, Any]
     ) -> Judgement:
-        """Record what came of judging a version; see `Judgement`."""
+        """Record what came of judging a version; see `Judgement`.
+
+        The same as the newest record is recorded once: that is a rerun of a stage that was killed after recording it.
+        """
         digest = self.version(model, version).digest
         while True:
             numbers = self._numbers(model, "judgements")
             number = int(numbers[-1]) + 1 if numbers else 1
             made = Judgement(number, version, digest, decision, reason, event, _now(), evaluation)
+            with suppress(ArtifactError):  # a newest record that cannot be read is not this one
+                newest = self._read_judgement(model, numbers[-1] if numbers else "")
+                if replace(made, number=newest.number, time=newest.time) == newest:
+                    return newest
             if self.store.create(f"{model}/judgements/{number:06d}.json", _sealed(asdict(made))):
                 return made
 
@@ -371,6 +378,10 @@ class Registry:
     def _read_entry(self, model: str, number: str) -> Promotion:
         path = f"{model}/promotions/{number}.json"
         return Promotion(**self._unsealed(self.store.read(path) or b"", path))
+
+    def _read_judgement(self, model: str, number: str) -> Judgement:
+        path = f"{model}/judgements/{number}.json"
+        return Judgement(**self._unsealed(self.store.read(path) or b"", path))
 
     def _unsealed(self, content: bytes, path: str) -> dict[str, Any]:
         try:

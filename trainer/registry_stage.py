@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from trainer import log
 from trainer.artifacts import manifest
 from trainer.artifacts.dataset import Dataset
 from trainer.errors import ArtifactError, GateRefused
-from trainer.registry import Registry
+from trainer.registry import Promotion, Registry
 from trainer.stage import Call, Result
 
 
@@ -43,12 +44,17 @@ def run(call: Call) -> Result:
         )
     decision, reason = gate["decision"], gate["reason"]
     before = registry.champion(promote.model)
-    event = before.number if before else 0
-    if before and before.version == version.version:
+    event, expected, previous = (before.number, before.version, before.version) if before else (0, "", "")
+    if before is None or before.version != version.version:
+        expected = gate["champion"]
+    elif _carried_out(before, gate):
+        previous = before.previous
+    else:
         decision, reason = "promoted", f"it is the champion already, {version.version}"
-    elif decision == "promoted":
+    if decision == "promoted":
         try:
-            event = registry.promote(promote.model, version.version, gate["champion"], reason).number
+            # For the champion itself this changes nothing but a champion.json that a killed run left behind the log.
+            event = registry.promote(promote.model, version.version, expected, reason).number
         except GateRefused as error:
             decision, reason = "refused", f"{error.message}; {error.hint}"
     registry.judge(promote.model, version.version, decision, reason, event, evaluation)
@@ -60,7 +66,7 @@ def run(call: Call) -> Result:
         "digest": candidate.digest,
         "champion": champion.version if champion else "",
         "champion_digest": champion.digest if champion else "",
-        "previous": before.version if before else "",
+        "previous": previous,
         "registry": promote.registry,
         "model": promote.model,
     }
@@ -75,6 +81,12 @@ def run(call: Call) -> Result:
         volatile=("promotion.json",),
         gate_reason=reason if decision != "promoted" else "",
     )
+
+
+def _carried_out(newest: Promotion, gate: Mapping[str, Any]) -> bool:
+    """Whether the log's newest entry is this very decision: a run that was killed after it ends as it would have."""
+    found = newest.action, newest.previous, newest.reason
+    return gate["decision"] == "promoted" and found == ("promote", gate["champion"], gate["reason"])
 
 
 def _evaluation_of(call: Call, candidate: manifest.Manifest) -> dict[str, Any]:
