@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.registered import registry_of
 from tests.tiny import tiny_dataset
 from trainer.artifacts import manifest
 from trainer.config.load import load
@@ -96,21 +97,6 @@ def promote_in_a_child(made: Made, place: Path, kill_at: int = 0) -> bool:
     return code != 0
 
 
-def registry_of(place: Path) -> dict[str, Any]:
-    """All that the registry holds, without times and what depends on them; hidden names are nobody's."""
-    found: dict[str, Any] = {}
-    root = place / "registry"
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root)
-        if path.is_dir() or any(part.startswith(".") for part in name.parts):
-            continue
-        body: Any = path.read_bytes()
-        if name.parts[1] != "versions" or name.name == "version.json":
-            body = {key: value for key, value in json.loads(body).items() if key not in ("time", "created", "seal")}
-        found[str(name)] = body
-    return found
-
-
 def verdict_of(place: Path) -> dict[str, str]:
     folder = place / "out" / "promotion"
     manifest.read(folder, "promotion")
@@ -162,7 +148,9 @@ def test_killed_anywhere_a_rerun_leaves_one_version_one_champion_and_the_same_re
         found = Registry(place / "registry")
         assert [version.digest for version in found.versions("m")] == [champion.digest]
         assert (found.champion("m").version, found.champion("m").digest) == ("v0001", champion.digest)
-        assert registry_of(place) == registry_of(undisturbed), f"killed before {operations[number - 1]}"
+        assert registry_of(place / "registry") == registry_of(undisturbed / "registry"), (
+            f"killed before {operations[number - 1]}"
+        )
         assert verdict_of(place) == verdict_of(undisturbed)
     assert set(states) == {False, True}, "no kill before the champion changed, or none after"
 
@@ -179,6 +167,6 @@ def test_killed_again_and_again_it_ends_all_the_same(made, tmp_path):
         promote_in_a_child(made, place, draw.randrange(1, len(operations) + 1))
         check_after_a_kill(place)
     promote_in_a_child(made, place)
-    assert registry_of(place) == registry_of(undisturbed)
+    assert registry_of(place / "registry") == registry_of(undisturbed / "registry")
     assert verdict_of(place) == verdict_of(undisturbed)
     assert not [path for path in (place / "registry/m/versions").iterdir() if path.name.startswith(".")]

@@ -1,9 +1,15 @@
-"""Slow: every stage of the chain is killed at random moments, fifty times in all, and ends as an undisturbed one does."""
+"""Slow: every stage of the chain is killed at random moments, fifty times in all, and ends as an undisturbed one does.
+
+The candidate wins: what tells the labels apart are signs, and the baseline reads only words. So a killed promotion is one
+that moves the champion.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +19,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.registered import registry_of
 from trainer.artifacts import manifest
 from trainer.errors import ArtifactError
+from trainer.registry import Registry
 from trainer.stage import STAGES
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -22,11 +30,13 @@ pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.timeout(1500)]
 ROOT = Path(__file__).resolve().parents[2]
 NUM_KILLS = 50
 DEADLINE_S = 120
+SIGNS = "!?+="
 WORDS = [
     "data.source=raw.csv", "data.tokenizer.vocab_size=300", "data.max_length=32", "data.dedup.near=false",
-    "train.epochs=2", "train.batch_size=16", "train.threads=1", "train.checkpoint_every=5", "train.lr=1e-2",
-    "model.name=ngram", "model.buckets=512", "model.dim=8", "tune.trials=2", "tune.epochs=1", "distill.student.buckets=256",
-    "distill.student.dim=4", "quantize.torchao=false", "evaluate.bootstrap=100", "evaluate.latency_runs=10",
+    "data.split.test=0.25", "train.epochs=6", "train.batch_size=16", "train.threads=1", "train.checkpoint_every=5",
+    "train.lr=3e-2", "model.name=ngram", "model.buckets=512", "model.dim=8", "tune.trials=2", "tune.epochs=1",
+    "distill.student.buckets=256", "distill.student.dim=8", "distill.lr=5e-2", "quantize.torchao=false",
+    "evaluate.bootstrap=100", "evaluate.latency_runs=10", "promote.registry=registry",
 ]  # fmt: skip
 
 
@@ -40,15 +50,12 @@ class Undisturbed:
 
 
 def write_rows(path: Path) -> None:
-    """400 rows of four labels, a third of the words their label's own."""
+    """400 rows of four labels, a third of the words replaced by their label's sign."""
     draw = random.Random(0)
     lines = ["text,label"]
     for row in range(400):
-        own = [
-            f"own{row % 4}{draw.randrange(8)}" if draw.random() < 0.35 else f"word{draw.randrange(40)}"
-            for _ in range(12)
-        ]
-        lines.append(f"{' '.join(own)} {row},label-{row % 4}")
+        words = [SIGNS[row % 4] if draw.random() < 0.35 else f"word{draw.randrange(40)}" for _ in range(12)]
+        lines.append(f"{' '.join(words)} {row},label-{row % 4}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -59,7 +66,7 @@ def output_of(name: str) -> str:
 
 def start(name: str, folder: Path, inputs: Path) -> subprocess.Popen:
     """A stage in `folder`, with inputs of the undisturbed chain, so that each stage is tested for itself."""
-    command = [sys.executable, "-m", "trainer", name, "--allow-refusal"]
+    command = [sys.executable, "-m", "trainer", name]
     for port in STAGES[name].inputs:
         command += ["--in", f"{port}={inputs / 'out' / port}"]
     command += ["--out", f"{output_of(name)}=out/{output_of(name)}", *WORDS]
@@ -103,7 +110,32 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
         began = time.monotonic()
         digests[name] = finish(name, folder, folder)
         seconds[name] = time.monotonic() - began
+    gate = json.loads((folder / "out/evaluation/metrics.json").read_text(encoding="utf-8"))["gate"]
+    assert gate["decision"] == "promoted", f"the champion would not move: {gate['reason']}"
+    check_registry(folder, folder)
     return Undisturbed(folder, digests, seconds)
+
+
+def check_registry(folder: Path, undisturbed: Path) -> None:
+    """One version, which is the candidate and the champion, and all else as a promotion without a kill leaves it."""
+    candidate = manifest.read(undisturbed / "out" / "quantized").digest
+    registry = Registry(folder / "registry")
+    assert [(name, entry.digest) for name in registry.models() for entry in registry.versions(name)] == [
+        ("default", candidate)
+    ]
+    champion = registry.champion("default")
+    assert champion is not None
+    assert (champion.version, champion.digest) == ("v0001", candidate)
+    assert registry_of(folder / "registry") == registry_of(undisturbed / "registry")
+
+
+def wait_for_a_moment(name: str, process: subprocess.Popen, folder: Path, seconds: float, draw: random.Random) -> None:
+    """Any moment of the stage; of promote, mostly one in which it writes to the registry, the last tenths of a second."""
+    if name == "promote" and draw.random() < 0.8:
+        while process.poll() is None and not (folder / "registry").exists():
+            time.sleep(0.001)
+        seconds = 0.2
+    time.sleep(draw.uniform(0.0, seconds))
 
 
 @pytest.mark.parametrize("number", range(len(STAGES)), ids=list(STAGES))
@@ -120,7 +152,7 @@ def test_killed_at_random_moments_a_stage_ends_with_the_same_digest(
     for _ in range(kills):
         process = start(name, tmp_path, undisturbed.folder)
         try:
-            time.sleep(draw.uniform(0.0, undisturbed.seconds[name]))
+            wait_for_a_moment(name, process, tmp_path, undisturbed.seconds[name], draw)
             ended = process.poll()
         finally:
             kill(process)
@@ -129,5 +161,15 @@ def test_killed_at_random_moments_a_stage_ends_with_the_same_digest(
             assert manifest.read(output).digest == undisturbed.digests[name], "something else was accepted"
         except ArtifactError:
             assert not output.exists(), "half an output stands at the target"
+        champion = Registry(tmp_path / "registry").champion("default")
+        print(f"killed: output {output.exists()}, champion {champion.version if champion else None}")
+        if name == "promote" and champion:
+            # The champion has moved: a rerun has to end it well, and the next kills meet another promotion.
+            assert finish(name, tmp_path, undisturbed.folder) == undisturbed.digests[name]
+            check_registry(tmp_path, undisturbed.folder)
+            shutil.rmtree(tmp_path / "registry")
+            shutil.rmtree(output)
     assert finish(name, tmp_path, undisturbed.folder) == undisturbed.digests[name]
     assert [path.name for path in output.parent.iterdir()] == [output.name], "what the killed stages left was not swept"
+    if name == "promote":
+        check_registry(tmp_path, undisturbed.folder)

@@ -173,17 +173,16 @@ def page(data: dict[str, Any]) -> str:
 
 def _table(data: dict[str, Any]) -> str:
     keys = list(data["space"])
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("trial", data["metric"], *keys, "state", "seconds"))
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("trial", data["metric"], *keys, "seconds", "state"))
     rows = []
     for trial in data["trials"]:
         value = f"{trial['value']:.4f}" if trial["value"] is not None else "–"
         cells = [str(trial["number"] + 1), value, *(_short(trial["params"].get(key, "")) for key in keys)]
+        cells.append(f"{trial['seconds']:.1f}")
         state = trial["state"] + (f": {trial['reason']}" if trial["reason"] else "")
         kind = ' class="best"' if trial["number"] == data["best"]["trial"] else ""
         numbers = "".join(f'<td class="number">{html.escape(cell)}</td>' for cell in cells)
-        rows.append(
-            f"<tr{kind}>{numbers}<td>{html.escape(state)}</td><td class='number'>{trial['seconds']:.1f}</td></tr>"
-        )
+        rows.append(f"<tr{kind}>{numbers}<td>{html.escape(state)}</td></tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
