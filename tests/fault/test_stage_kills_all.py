@@ -130,11 +130,11 @@ def check_registry(folder: Path, undisturbed: Path) -> None:
 
 
 def wait_for_a_moment(name: str, process: subprocess.Popen, folder: Path, seconds: float, draw: random.Random) -> None:
-    """Any moment of the stage; of promote, mostly one in which it writes to the registry, the last tenths of a second."""
+    """Any moment of the stage; of promote, mostly one in which it writes to the registry: a small part, near the end."""
     if name == "promote" and draw.random() < 0.8:
         while process.poll() is None and not (folder / "registry").exists():
             time.sleep(0.001)
-        seconds = 0.2
+        seconds /= 8
     time.sleep(draw.uniform(0.0, seconds))
 
 

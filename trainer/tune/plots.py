@@ -37,6 +37,7 @@ h1{{font-size:1.5rem;margin:0 0 .25rem}} h2{{font-size:1.05rem;margin:0 0 .5rem}
 .table{{overflow-x:auto}} table{{border-collapse:collapse;font-size:.9rem}}
 th,td{{text-align:left;padding:4px 14px 4px 0;border-bottom:1px solid #dfe3ea;vertical-align:top}}
 th{{font-weight:600;white-space:nowrap}} td.number{{text-align:right;font-variant-numeric:tabular-nums}}
+@media (max-width:480px){{table{{font-size:.78rem}} th,td{{padding-right:9px}}}}
 tr.best td{{font-weight:600}} .muted{{color:#5b6474}}
 @media (prefers-color-scheme:dark){{body{{color:#e6e9ef;background:#14181f}} th,td{{border-color:#363e4c}}
  .muted{{color:#a0a9b8}}}}
