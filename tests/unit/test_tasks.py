@@ -42,6 +42,19 @@ def test_classify_batch_holds_the_rows_tokens_and_nothing_else(datasets):
     assert batch["inputs"].shape[1] <= task.spec.max_length
 
 
+def test_for_a_compiled_model_batches_have_few_widths_and_the_same_rows(datasets):
+    task, _ = build(datasets, "classify", "data.max_length=48")
+    few, _ = build(datasets, "classify", "data.max_length=48", "train.compile=true")
+    widths = set()
+    for row in range(task.num_examples("train")):
+        plain, coarse = (each.batch("train", np.array([row]))["inputs"] for each in (task, few))
+        widths.add(coarse.shape[1])
+        assert plain.shape[1] <= coarse.shape[1]
+        assert torch.equal(coarse[:, : plain.shape[1]], plain)
+        assert not coarse[:, plain.shape[1] :].any()
+    assert widths <= {8, 16, 32, 64, task.spec.max_length}
+
+
 def test_lm_predicts_each_token_but_the_first_exactly_once(datasets):
     task, _ = build(datasets, "lm")
     tokens = np.asarray(task.split("val").tokens)

@@ -6,9 +6,12 @@ The loop calls the same methods either way, so it holds no `if distributed`.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -16,8 +19,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from trainer.parallel.arrivals import Arrivals, Unanswered
+
 # Gradients are summed in flat pieces of about this many bytes: few collectives, bounded extra memory.
 BUCKET_BYTES = 25 << 20
+HINT = (
+    "look at what it waits for (a disk, a network, a debugger); if it is only slow, raise parallel.timeout_s; the same "
+    "command resumes from the newest checkpoint"
+)
 
 
 class Ranks:
@@ -59,14 +68,21 @@ class Group(Ranks):
         self.size = dist.get_world_size()
         self.device = device
 
+    def _come(self) -> None:
+        """Note that this rank is at the next collective."""
+        if _arrivals:
+            _arrivals.come()
+
     def sum(self, values: Tensor) -> Tensor:
         """Sum a small tensor over the ranks; every rank gets the same bits."""
+        self._come()
         moved = values.to(self.device, copy=True)
         dist.all_reduce(moved)
         return moved.to(values.device)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum the gradients over the ranks, in place; a missing gradient counts as zero."""
+        self._come()
         for bucket in _buckets(parameters):
             for parameter in bucket:
                 if parameter.grad is None:
@@ -79,6 +95,7 @@ class Group(Ranks):
 
     def same_parameters(self, model: nn.Module) -> None:
         """Give every rank the parameters and buffers of rank 0."""
+        self._come()
         with torch.no_grad():
             for parameter in model.parameters():
                 dist.broadcast(parameter, 0)
@@ -86,23 +103,27 @@ class Group(Ranks):
 
     def same_buffers(self, model: nn.Module) -> None:
         """Give every rank the buffers (running means and the like) of rank 0."""
+        self._come()
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
     def gather(self, value: Any) -> list[Any]:
         """The plain value of each rank, by rank, on every rank."""
+        self._come()
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
     def from_first(self, value: Any) -> Any:
         """The plain value of rank 0, on every rank."""
+        self._come()
         values = [value]
         dist.broadcast_object_list(values, 0)
         return values[0]
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
+        self._come()
         dist.barrier()
 
 
@@ -125,8 +146,12 @@ def current(device: torch.device) -> Ranks:
     return Group(device) if dist.is_available() and dist.is_initialized() else Ranks()
 
 
+# Of this process's group; set while there is one.
+_arrivals: Arrivals | None = None
+
+
 @contextmanager
-def process_group(backend: str, timeout_s: float, device: torch.device) -> Iterator[None]:
+def process_group(backend: str, timeout_s: float, device: torch.device, arrivals: Path | None = None) -> Iterator[None]:
     """Join the process group that torchrun's variables describe; leave it at the end.
 
     torchrun's own store outlives an attempt, and ranks of the next attempt would read the dead one's addresses there.
@@ -136,24 +161,47 @@ def process_group(backend: str, timeout_s: float, device: torch.device) -> Itera
         backend: gloo, nccl or auto (nccl on GPUs).
         timeout_s: a collective that takes longer fails.
         device: this rank's device.
+        arrivals: file in which the local ranks note what they have come to, see `trainer.parallel.arrivals`.
+
+    Raises:
+        Unanswered: a collective took too long.
     """
+    global _arrivals
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    timeout = timedelta(seconds=timeout_s)
-    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        world_size=size,
-        is_master=rank == 0 and not hosted,
-        timeout=timeout,
-        wait_for_workers=False,
-    )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     chosen = backend if backend != "auto" else "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        chosen, store=PrefixStore(f"millrace/attempt{attempt}", store), rank=rank, world_size=size, timeout=timeout
-    )
+    _arrivals = Arrivals(arrivals, rank, int(attempt)) if arrivals else None
+    timeout = timedelta(seconds=timeout_s)
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        yield
+        store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            world_size=size,
+            is_master=rank == 0 and not hosted,
+            timeout=timeout,
+            wait_for_workers=False,
+        )
+        dist.init_process_group(
+            chosen, store=PrefixStore(f"millrace/attempt{attempt}", store), rank=rank, world_size=size, timeout=timeout
+        )
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+    except RuntimeError as error:
+        if not _is_timeout(error):
+            raise
+        last = _arrivals.last() if _arrivals else []
+        raise Unanswered(f"rank {rank}: a collective took longer than {timeout_s:g} s", HINT, last) from error
     finally:
-        dist.destroy_process_group()
+        _arrivals = None
+
+
+def _is_timeout(error: RuntimeError) -> bool:
+    """Whether this is the timeout of a collective or of the store; torch has no class for it."""
+    frame = error.__traceback__
+    while isinstance(frame, TracebackType) and frame.tb_next:
+        frame = frame.tb_next
+    module = str(frame.tb_frame.f_globals.get("__name__", "")) if frame else ""
+    return module.startswith((__name__, "torch.distributed")) and bool(re.search(r"(?i)time[d ]*out", str(error)))

@@ -21,9 +21,17 @@ from typing import Any
 import trainer
 from trainer import errors, storage
 from trainer.errors import EXIT_FAILURE, EXIT_PREEMPTED, MillraceError, Preempted
+from trainer.parallel import arrivals
 from trainer.stage import Call, Result
 
-SPEC, RESULT, FAILURES, ERRORS = "spec.json", "result.json", "failures.json", "errors"
+SPEC, RESULT, FAILURES, ERRORS, ARRIVALS = "spec.json", "result.json", "failures.json", "errors", "arrivals"
+# Kinds of errors that another attempt may not meet again.
+TRACEBACK, UNANSWERED = "traceback", arrivals.Unanswered.__name__
+TRANSIENT = (TRACEBACK, UNANSWERED, Preempted.__name__)
+
+
+# As if it had been killed, which torchrun does in the end: worth another try.
+EXIT_HUNG = 128 + signal.SIGKILL
 
 
 class RankFailed(MillraceError):
@@ -39,7 +47,7 @@ def launch(call: Call) -> Result:
 
     Raises:
         MillraceError: as a rank raised it.
-        RankFailed: a rank was killed or met an unexpected error, more often than `parallel.max_restarts` allows.
+        RankFailed: a rank was killed, hung, or met an unexpected error, more often than `parallel.max_restarts` allows.
     """
     place = call.scratch / "ranks"
     storage.remove(place)
@@ -51,6 +59,7 @@ def launch(call: Call) -> Result:
         "scratch": str(call.scratch.absolute()),
     }
     (place / SPEC).write_text(json.dumps(spec), encoding="utf-8")
+    arrivals.create(place / ARRIVALS, call.params.train.processes)
     arguments = [
         "--standalone",
         f"--nproc-per-node={call.params.train.processes}",
@@ -115,10 +124,12 @@ def explain(place: Path, status: int, terminated: bool) -> MillraceError:
     found = read_errors(place)
     for rank in sorted(found, key=lambda rank: (found[rank]["exit_code"] == EXIT_PREEMPTED, rank)):
         error = found[rank]
-        if error["kind"] != "traceback":
+        if error["kind"] not in (TRACEBACK, UNANSWERED):
             return _rebuild(error)
     if terminated:
         return Preempted("train: SIGTERM before a checkpoint could be written", "run the same command again")
+    if any(error["kind"] == UNANSWERED for error in found.values()):
+        return _hung(place, found)
     hint = "SIGKILL often means too little memory; the same command resumes from the newest checkpoint"
     codes = _exit_codes(place)
     # The agent ends the survivors of a dead rank by SIGTERM, and their collectives fail: any other signal is the cause.
@@ -129,6 +140,26 @@ def explain(place: Path, status: int, terminated: bool) -> MillraceError:
         sys.stderr.write(f"rank {rank}: {error['message']}")
         return RankFailed(f"rank {rank}: an unexpected error", "see the traceback above", EXIT_FAILURE)
     return RankFailed(f"torchrun ended with status {status}", hint, 128 - status if status < 0 else status)
+
+
+def _hung(place: Path, found: dict[int, dict[str, Any]]) -> RankFailed:
+    """The error that a timeout of a collective means: which ranks the others waited for in vain.
+
+    It is those that had come to the fewest collectives when the others gave up. Where all were at the same one, it is
+    those that did not fail as the others did and were ended by torchrun.
+    """
+    waited = {rank: error for rank, error in found.items() if error["kind"] == UNANSWERED}
+    missing = {rank for error in waited.values() for rank in error["last"]} - set(waited)
+    if not missing:
+        params = json.loads((place / SPEC).read_text(encoding="utf-8"))["params"]
+        missing = set(range(params["train"]["processes"])) - set(found)
+    first = waited[min(waited)]
+    if not missing:
+        who = "no rank is known to have stopped: the connection between them may have"
+    else:
+        names = " and ".join(f"rank {rank}" for rank in sorted(missing))
+        who = f"{names} hung: the others waited in vain"
+    return RankFailed(f"{who} ({first['message']})", first["hint"], EXIT_HUNG)
 
 
 def _rebuild(error: dict[str, Any]) -> MillraceError:
@@ -156,6 +187,11 @@ def read_errors(place: Path) -> dict[int, dict[str, Any]]:
     return found
 
 
+def forget_error(place: Path, rank: int) -> None:
+    """Remove what a rank wrote in an earlier attempt: it says nothing about this one."""
+    (place / ERRORS / f"rank-{rank:04d}.json").unlink(missing_ok=True)
+
+
 def write_error(place: Path, rank: int, error: BaseException) -> int:
     """Note an error for the launcher; returns the exit status that it means."""
     import traceback
@@ -164,8 +200,10 @@ def write_error(place: Path, rank: int, error: BaseException) -> int:
         content: dict[str, Any] = {
             "kind": type(error).__name__, "message": error.message, "hint": error.hint, "exit_code": error.exit_code,
         }  # fmt: skip
+        if isinstance(error, arrivals.Unanswered):
+            content["last"] = error.last
     else:
         text = "".join(traceback.format_exception(error))
-        content = {"kind": "traceback", "message": text, "hint": "", "exit_code": EXIT_FAILURE}
+        content = {"kind": TRACEBACK, "message": text, "hint": "", "exit_code": EXIT_FAILURE}
     storage.write_atomic(place / ERRORS / f"rank-{rank:04d}.json", json.dumps(content).encode())
     return int(content["exit_code"])

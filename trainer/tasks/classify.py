@@ -68,18 +68,25 @@ class Classify(LabelTask):
     def batch(self, split: str, index: np.ndarray) -> Batch:
         """Rows at `index`, padded to the longest of them."""
         data = self.split(split)
-        tokens = pad_rows(data.tokens, data.offsets[index], self.lengths(split)[index], self.spec.max_length)
+        lengths, few = self.lengths(split)[index], self.params.train.compile
+        tokens = pad_rows(data.tokens, data.offsets[index], lengths, self.spec.max_length, few_widths=few)
         targets = torch.from_numpy(data.labels[index].astype(np.int64))
         return {"inputs": torch.from_numpy(tokens), "targets": targets}
 
 
-def pad_rows(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, max_length: int) -> np.ndarray:
+def pad_rows(
+    tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, max_length: int, *, few_widths: bool = False
+) -> np.ndarray:
     """Rows of a packed token array as int64 (rows, width), padded with 0.
 
-    The width is that of the longest row, rounded up to a multiple of 8 but not above `max_length`, and at least 1.
+    The width is that of the longest row, rounded up to a multiple of 8 (with `few_widths`, to a power of two: each width
+    is compiled for itself) but not above `max_length`, and at least 1.
     """
     longest = int(lengths.max(initial=1))
-    width = max(1, min(-(-longest // ROUND) * ROUND, max(max_length, longest)))
+    rounded = -(-longest // ROUND) * ROUND
+    if few_widths:
+        rounded = max(ROUND, 1 << (longest - 1).bit_length())
+    width = max(1, min(rounded, max(max_length, longest)))
     place = np.arange(width)
     inside = place < lengths[:, None]
     taken = np.zeros((len(lengths), width), np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -38,7 +39,9 @@ def machine(train: Train) -> Iterator[torch.device]:
     strict = torch.are_deterministic_algorithms_enabled()
     memory: Any = torch.utils.deterministic
     fill = memory.fill_uninitialized_memory
-    if not train.compile:
+    if train.compile:
+        check_compiler(train.device)
+    else:
         leave_compiler_out()
     torch.set_num_threads(train.threads or max(1, num_cores() // train.processes))
     if train.deterministic:
@@ -52,6 +55,15 @@ def machine(train: Train) -> Iterator[torch.device]:
         torch.set_num_threads(threads)
         set_deterministic(strict, train.compile)
         memory.fill_uninitialized_memory = fill
+
+
+def check_compiler(device: str) -> None:
+    """Raise a ConfigError where torch.compile would find no C++ compiler, which it needs on a CPU."""
+    if choose(device).type == "cpu" and not any(
+        shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name
+    ):
+        message = "train.compile: true, but there is no C++ compiler for the CPU (g++ or clang++)"
+        raise ConfigError(message, "install one, or set train.compile=false")
 
 
 def set_deterministic(mode: bool, compiled: bool) -> None:

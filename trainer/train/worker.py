@@ -10,9 +10,8 @@ from pathlib import Path
 
 from trainer import storage
 from trainer.config.load import validate
-from trainer.errors import EXIT_PREEMPTED
 from trainer.parallel.agent import die_with
-from trainer.parallel.launch import RESULT, SPEC, read_errors, write_error
+from trainer.parallel.launch import ARRIVALS, RESULT, SPEC, TRANSIENT, forget_error, read_errors, write_error
 from trainer.stage import Call
 
 
@@ -25,8 +24,9 @@ def main(place: Path) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     # torchrun restarts ranks whatever ended them; an error that would come again is not worth another attempt.
     for error in read_errors(place).values():
-        if error["kind"] != "traceback" and error["exit_code"] != EXIT_PREEMPTED:
+        if error["kind"] not in TRANSIENT:
             return int(error["exit_code"])
+    forget_error(place, rank)
     try:
         train(place, rank)
     except Exception as error:
@@ -44,7 +44,7 @@ def train(place: Path, rank: int) -> None:
     params = validate(spec["params"], "params")
     inputs, outputs = ({name: Path(path) for name, path in spec[key].items()} for key in ("inputs", "outputs"))
     parallel = params.parallel
-    with process_group(parallel.backend, parallel.timeout_s, choose(params.train.device)):
+    with process_group(parallel.backend, parallel.timeout_s, choose(params.train.device), place / ARRIVALS):
         result = train(Call(params, inputs, outputs, Path(spec["scratch"])))
     if rank == 0:
         storage.write_atomic(place / RESULT, json.dumps(asdict(result)).encode())
