@@ -1,11 +1,12 @@
 """Scratch folders: what outlives a killed stage, held by one run at a time.
 
-A run holds its folder by a lock on the folder itself, which the system releases when the process dies: nothing is left
-that the next run would have to judge.
+A run holds its folder by a lock on a file in it, which the system releases when the process dies: nothing is left that
+the next run would have to judge.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -18,16 +19,21 @@ from pathlib import Path
 from trainer import storage
 from trainer.errors import StorageError
 
-# A killed run's own processes end within moments; until then they may hold its lock.
+# How long to wait for a run that is just ending.
 PATIENCE_S = 5.0
+# Killed runs with other parameters may still be taken up again; not after so long.
+STALE_S = 7 * 24 * 3600.0
+_LOCK = "lock"
+# What file systems without locks say, and NFS for some of them.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL)
 
 
 @contextmanager
 def held(name: str, fingerprint: str, output: str, place: str = "") -> Iterator[Path]:
     """The scratch folder of a run, which no other process enters meanwhile.
 
-    After success it is removed, with what killed runs of the same stage with other parameters have left beside it. After
-    a failure it stays, unless nothing is in it.
+    After success it is removed, with what killed runs of the same stage left beside it a week ago or earlier. After a
+    failure it stays, unless nothing is in it.
 
     Args:
         name: of the stage.
@@ -41,60 +47,89 @@ def held(name: str, fingerprint: str, output: str, place: str = "") -> Iterator[
     root = storage.local_path(place) if place else _beside(output)
     folder = root / f"{name}-{fingerprint}"
     with storage.explained(folder):
-        descriptor = _lock(folder, PATIENCE_S)
+        descriptor = _wait_for_lock(folder, PATIENCE_S)
     if descriptor is None:
         message = f"{folder}: another process runs this stage with the same parameters"
         raise StorageError(message, "wait for it, or end it; or give this run another --scratch=FOLDER")
     try:
         yield folder
-        storage.remove(folder)
+        if _is(descriptor, folder):
+            _discard(folder)
         if not place:
             _sweep(root, name)
     finally:
-        for empty in (folder, root):
-            with suppress(OSError):
-                empty.rmdir()
+        if _is(descriptor, folder) and list(folder.iterdir()) == [folder / _LOCK]:
+            _discard(folder)
         os.close(descriptor)
+        if not place:
+            with suppress(OSError):
+                root.rmdir()  # if nothing else is in it
 
 
-def _lock(folder: Path, patience: float) -> int | None:
+def _wait_for_lock(folder: Path, patience: float) -> int | None:
     """Make the folder and lock it; the descriptor that holds it, or None if another process has it for so long."""
     until = time.monotonic() + patience
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _try_lock(folder)
+        descriptor, others = _try_lock(folder, os.O_RDWR | os.O_CREAT)
         if descriptor is not None:
             return descriptor
-        if time.monotonic() >= until:
+        if others and time.monotonic() >= until:
             return None
         time.sleep(0.05)
 
 
-def _try_lock(folder: Path) -> int | None:
+def _try_lock(folder: Path, flags: int) -> tuple[int | None, bool]:
+    """(descriptor that holds the folder, or None; whether another process has it)."""
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(folder / _LOCK, flags, 0o600)
     except FileNotFoundError:
-        return None  # whoever held it has removed it
+        return None, False  # whoever held it has removed it
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # What is locked may have been removed in that moment, and another be in its place.
-        if os.path.samestat(os.fstat(descriptor), folder.stat()):
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except OSError:
-        return descriptor  # a file system without locks
+    except BlockingIOError:
+        os.close(descriptor)
+        return None, True
+    except OSError as error:
+        # Without locks a run goes on as if it were alone, but no other's folder is touched.
+        if error.errno in _NO_LOCKS and flags & os.O_CREAT:
+            return descriptor, False
+        os.close(descriptor)
+        return None, True
+    if _is(descriptor, folder):
+        return descriptor, False
     os.close(descriptor)
-    return None
+    return None, False
+
+
+def _is(descriptor: int, folder: Path) -> bool:
+    """Whether the folder's lock is the one that was opened: it may have been removed since, and be another's now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), (folder / _LOCK).stat())
+    except FileNotFoundError:
+        return False
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder that is held, its lock last: who locks a new one in its place finds nothing of this one."""
+    for path in folder.iterdir():
+        if path.name != _LOCK:
+            storage.remove(path)
+    (folder / _LOCK).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _sweep(root: Path, name: str) -> None:
-    """Remove what killed runs of a stage have left, but nothing that a process holds."""
-    for folder in root.glob(f"{name}-*"):
-        descriptor = _try_lock(folder)
-        if descriptor is not None:
-            storage.remove(folder)
-            os.close(descriptor)
+    """Remove what killed runs of a stage have left long ago, but nothing that a process holds or that is not ours."""
+    for folder in root.glob(f"{name}-{'[0-9a-f]' * 12}"):
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime < STALE_S:
+                continue
+            descriptor, _ = _try_lock(folder, os.O_RDWR)
+            if descriptor is not None:
+                _discard(folder)
+                os.close(descriptor)
 
 
 def _beside(uri: str) -> Path:

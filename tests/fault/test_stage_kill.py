@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.toy import make
+from trainer import scratch, storage
 from trainer.artifacts import manifest
 from trainer.errors import StorageError
 
@@ -79,40 +80,51 @@ def test_scratch_is_another_one_for_other_parameters_and_inputs(tmp_path):
     assert [(scratch / "attempts").read_text() for scratch in (out / ".scratch").iterdir()] == ["x", "x", "x"]
 
 
-def test_success_sweeps_what_killed_runs_with_other_parameters_left_but_nothing_in_use(tmp_path):
+def test_success_sweeps_what_killed_runs_left_long_ago_but_nothing_in_use(tmp_path):
     source, out = make(tmp_path / "source"), tmp_path / "out"
-    killed = start("wait", source, out, "train.lr=0.5")
-    try:
-        wait_for(killed, "waiting")
-    finally:
-        end(killed)
-    (left,) = (out / ".scratch").iterdir()
-    strange = out / ".scratch" / "toyland"
-    strange.mkdir()
+    place, long_ago = out / ".scratch", time.time() - scratch.STALE_S - 60
+    for rate in ("0.5", "0.75"):
+        killed = start("wait", source, out, f"train.lr={rate}")
+        try:
+            wait_for(killed, "waiting")
+        finally:
+            end(killed)
+    old, young = sorted(place.iterdir())
+    (place / "toyland").mkdir()
+    (place / f"toy-{'0' * 12}").write_text("a file")
     at_work = start("wait", source, out, "train.lr=0.25")
     try:
         wait_for(at_work, "waiting")
-        (used,) = set((out / ".scratch").iterdir()) - {left, strange}
+        (used,) = {path for path in place.glob("toy-*") if path.is_dir()} - {old, young}
+        for path in (old, used, place / "toyland", place / f"toy-{'0' * 12}"):
+            os.utime(path, (long_ago, long_ago))
         done = start("write", source, out)
         assert done.wait(timeout=60) == 0, end(done)
         end(done)
-        assert set((out / ".scratch").iterdir()) == {used, strange}
+        assert set(place.iterdir()) == {used, young, place / "toyland", place / f"toy-{'0' * 12}"}
         assert (used / "attempts").read_text() == "x"
     finally:
         end(at_work)
 
 
 def test_success_sweeps_nothing_in_a_scratch_folder_that_was_named(tmp_path):
-    source, out, scratch = make(tmp_path / "source"), tmp_path / "out", tmp_path / "scratch"
-    killed = start("wait", source, out, "train.lr=0.5", "--scratch", str(scratch))
+    source, out, place = make(tmp_path / "source"), tmp_path / "out", tmp_path / "scratch"
+    killed = start("wait", source, out, "train.lr=0.5", "--scratch", str(place))
     try:
         wait_for(killed, "waiting")
     finally:
         end(killed)
-    done = start("write", source, out, "--scratch", str(scratch))
+    (left,) = place.iterdir()
+    os.utime(left, (0, 0))
+    done = start("write", source, out, "--scratch", str(place))
     assert done.wait(timeout=60) == 0, end(done)
     end(done)
-    assert len(list(scratch.iterdir())) == 1
+    assert list(place.iterdir()) == [left]
+    storage.remove(left)
+    done = start("write", source, out, "--scratch", str(place))
+    assert done.wait(timeout=60) == 0, end(done)
+    end(done)
+    assert list(place.iterdir()) == []
 
 
 def test_the_same_run_twice_at_once_is_refused_and_leaves_the_first_alone(tmp_path):

@@ -1,5 +1,7 @@
 """Scratch folders: who may enter them, and what is left."""
 
+import errno
+import fcntl
 import os
 import tempfile
 
@@ -31,19 +33,48 @@ def test_scratch_for_remote_outputs_is_this_users_alone(tmp_path, monkeypatch):
             scratch._beside("s3://bucket/out")
 
 
-def test_a_folder_that_is_removed_while_it_is_locked_is_made_again(tmp_path):
-    """As `preprocess` leaves nothing of its own: whoever waited must not go on in a folder that is gone."""
-    output = str(tmp_path / "out")
-    with scratch.held("train", "0" * 12, output) as first:
-        descriptor = os.open(first, os.O_RDONLY)
-    try:
-        assert not first.exists()
-        with scratch.held("train", "0" * 12, output) as second:
-            assert second == first
-            assert not os.path.samestat(os.fstat(descriptor), second.stat())
-            assert scratch._try_lock(second) is None
-    finally:
-        os.close(descriptor)
+def test_a_folder_made_anew_is_anothers(tmp_path):
+    """Whoever waited must not go on in a folder that is gone, and whoever ends must not remove the next one's."""
+    output, name = str(tmp_path / "out"), "0" * 12
+    with scratch.held("train", name, output) as folder:
+        (folder / "checkpoint").write_text("of the first")
+        first = os.open(folder / "lock", os.O_RDONLY)
+        scratch._discard(folder)
+        with scratch.held("train", name, output) as again:
+            assert again == folder
+            assert list(again.iterdir()) == [again / "lock"]
+            assert not scratch._is(first, again)
+            (again / "checkpoint").write_text("of the second")
+            os.close(first)
+            assert scratch._try_lock(again, os.O_RDWR) == (None, True)
+        assert not folder.exists()
+
+
+def test_a_run_that_fails_leaves_the_next_ones_folder_alone(tmp_path):
+    output, name = str(tmp_path / "out"), "0" * 12
+    first = scratch.held("train", name, output)
+    folder = first.__enter__()
+    scratch._discard(folder)
+    with scratch.held("train", name, output) as second:
+        assert not first.__exit__(RuntimeError, RuntimeError("ended"), None)
+        assert second.is_dir()
+        assert scratch._try_lock(second, os.O_RDWR) == (None, True)
+
+
+def test_where_nothing_can_be_locked_a_run_goes_on_and_sweeps_nothing(tmp_path, monkeypatch):
+    def refused(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    old = tmp_path / ".scratch" / f"train-{'1' * 12}"
+    old.mkdir(parents=True)
+    (old / "lock").touch()
+    (old / "checkpoint").write_text("x")
+    os.utime(old, (0, 0))
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with scratch.held("train", "0" * 12, str(tmp_path / "out")) as folder:
+        assert folder.is_dir()
+    assert not folder.exists()
+    assert (old / "checkpoint").exists()
 
 
 @pytest.mark.parametrize("content", [False, True])
