@@ -7,6 +7,7 @@ say who was missing. Counting costs a write to memory for each collective, and n
 from __future__ import annotations
 
 import mmap
+import signal
 from pathlib import Path
 
 from trainer.errors import MillraceError
@@ -14,6 +15,9 @@ from trainer.errors import MillraceError
 
 class Unanswered(MillraceError):
     """A collective failed for want of a rank; `last` are the ranks that had come to fewer collectives than others."""
+
+    # As if that rank had been killed, which torchrun does in the end: worth another try.
+    exit_code = 128 + signal.SIGKILL
 
     def __init__(self, message: str, hint: str, last: list[int]) -> None:
         super().__init__(message, hint)

@@ -30,10 +30,6 @@ TRACEBACK, UNANSWERED = "traceback", arrivals.Unanswered.__name__
 TRANSIENT = (TRACEBACK, UNANSWERED, Preempted.__name__)
 
 
-# As if it had been killed, which torchrun does in the end: worth another try.
-EXIT_HUNG = 128 + signal.SIGKILL
-
-
 class RankFailed(MillraceError):
     """A rank ended without a message of ours: a signal from outside, or a bug."""
 
@@ -159,7 +155,7 @@ def _hung(place: Path, found: dict[int, dict[str, Any]]) -> RankFailed:
     else:
         names = " and ".join(f"rank {rank}" for rank in sorted(missing))
         who = f"{names} hung: the others waited in vain"
-    return RankFailed(f"{who} ({first['message']})", first["hint"], EXIT_HUNG)
+    return RankFailed(f"{who} ({first['message']})", first["hint"], first["exit_code"])
 
 
 def _rebuild(error: dict[str, Any]) -> MillraceError:
