@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -103,10 +104,40 @@ def test_short_texts_that_differ_in_a_word_stay() -> None:
     assert not share_a_band("Python library for reading mail", "Python library for reading news")
 
 
-def test_one_text_longer_than_a_batch() -> None:
-    words = " ".join(document(0, 200_000))
-    assert share_a_band(words, words + " end")
-    assert not share_a_band(words, " ".join(document(1, 200_000)))
+def test_a_text_longer_than_a_batch_is_read_to_its_end() -> None:
+    words = document(0, 200_000)
+    text = " ".join(words)
+    assert len(text) > 5 * dedup._BATCH_BYTES
+    assert share_a_band(text, text + " end")
+    assert not share_a_band(text, " ".join(document(1, 200_000)))
+    other = document(1, 200_000)
+    for begin in range(0, 200_000, 50_000):
+        changed = [*words[:begin], *other[begin : begin + 80_000], *words[begin + 80_000 :]]
+        assert not share_a_band(text, " ".join(changed)), begin
+
+
+def test_pieces_of_a_long_text_hold_every_shingle() -> None:
+    text = " ".join(document(0, 60_000)).encode()
+    pieces = list(dedup._pieces(text))
+    assert len(pieces) > 2
+    assert all(len(piece) <= dedup._BATCH_BYTES for piece in pieces)
+    assert pieces[0][:-512] + b"".join(piece[: -dedup._OVERLAP] for piece in pieces[1:-1]) + pieces[-1] == text
+
+
+def test_signs_tell_short_texts_apart() -> None:
+    different = ["C", "C++", "C#", "a > b", "a < b", "f(x)", "f[x]", "return ' '", "return ''", "x = 1 if a > b else 0"]
+    for first, second in itertools.combinations(different, 2):
+        assert not share_a_band(first, second), (first, second)
+    assert share_a_band("Good Product", "good product")
+
+
+def test_rows_of_other_labels_are_no_near_duplicates() -> None:
+    text = " ".join(document(0, 100)).encode()
+    labels = np.array([7, 7, 9], np.uint64)
+    keys = dedup.band_keys([text, text + b" end", text], 0.8, labels)
+    assert (keys[0] == keys[1]).any()
+    assert not np.isin(keys[2], keys[:2]).any()
+    assert not dedup.band_keys([b"..."], 0.8, labels[:1]).any()
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 30)), max_size=40), st.integers(0, 2**32))

@@ -3,12 +3,14 @@
 Near duplicates: MinHash over shingles of five words (Broder 1997) by one-permutation hashing with rotation (Shrivastava
 and Li 2014), cut into bands (locality-sensitive hashing). In each bucket of equal band keys every row but the one
 with the smallest content hash is dropped. The result depends on the set of rows only, not on their order, and needs no
-union-find. Words are runs of ASCII letters, digits and `_`, or of non-ASCII bytes, in lower case.
+union-find. Words are runs of ASCII letters, digits and `_`, or of non-ASCII bytes, in lower case; signs count only in
+texts of fewer than eight words. Rows of different labels are never near duplicates.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -17,10 +19,12 @@ from trainer.data.split import mix
 
 NUM_BINS = 128
 SHINGLE = 5
+# A text of fewer words is one shingle: all of it, signs included.
+SHORT = 8
 # Texts of one batch: their arrays stay in the processor's cache.
 _BATCH_BYTES = 1 << 17
-# Of a longer text than twice this the beginning and the end are read.
-_LONGEST = 1 << 18
+# More than five words have, as a rule.
+_OVERLAP = 1 << 9
 _BASE = 0x9E3779B97F4A7C15 | 1
 _EMPTY = np.uint64(2**64 - 1)
 _OFFSET = np.uint64(0xD1B54A32D192ED03)
@@ -58,7 +62,7 @@ def _tables() -> tuple[bytes, np.ndarray, np.ndarray]:
     """Table of the bytes that words have, powers of the base and of its inverse modulo 2^64."""
     word = np.zeros(256, np.uint8)
     word[[*range(48, 58), *range(65, 91), *range(97, 123), 95, *range(128, 256)]] = 1
-    size = 2 * _LONGEST
+    size = 2 * _BATCH_BYTES
 
     def powers(base: int) -> np.ndarray:
         table = np.full(size, base, np.uint64)
@@ -68,10 +72,15 @@ def _tables() -> tuple[bytes, np.ndarray, np.ndarray]:
     return word.tobytes(), powers(_BASE), powers(pow(_BASE, -1, 2**64))
 
 
-def band_keys(texts: list[bytes], threshold: float) -> np.ndarray:
+def band_keys(texts: list[bytes], threshold: float, labels: np.ndarray | None = None) -> np.ndarray:
     """(rows, bands) uint64: two rows that share a key in any column are taken for near duplicates.
 
     Rows without a word have zeros.
+
+    Args:
+        texts: UTF-8.
+        threshold: the Jaccard similarity around which rows begin to share a key.
+        labels: (rows) uint64, a hash of each row's label; None if there are none.
     """
     bands, _ = bands_and_rows(threshold)
     result = np.zeros((len(texts), bands), np.uint64)
@@ -83,27 +92,33 @@ def band_keys(texts: list[bytes], threshold: float) -> np.ndarray:
         size += len(text) + 1
     if start < len(texts):
         result[start:] = _batch_keys(texts[start:], threshold)
+    if labels is not None:
+        result[result != 0] ^= np.broadcast_to(labels[:, None], result.shape)[result != 0]
     return result
 
 
 def _batch_keys(texts: list[bytes], threshold: float) -> np.ndarray:
-    shingles, owners = _shingles(texts)
+    if len(texts) == 1 and len(texts[0]) > _BATCH_BYTES:
+        shingles = np.concatenate([_shingles([piece])[0] for piece in _pieces(texts[0])])
+        owners = np.zeros(len(shingles), np.int64)
+    else:
+        shingles, owners = _shingles(texts)
     flat = np.full(len(texts) * NUM_BINS, _EMPTY, np.uint64)
     bins = (shingles >> np.uint64(57)).astype(np.int64)
     np.minimum.at(flat, owners * NUM_BINS + bins, shingles & np.uint64(2**57 - 1))
     return _keys(_densify(flat.reshape(-1, NUM_BINS)), threshold)
 
 
+def _pieces(text: bytes) -> Iterator[bytes]:
+    """A long text in pieces of a batch's size, which overlap, so that no shingle is lost between two."""
+    for start in range(0, max(len(text) - _OVERLAP, 1), _BATCH_BYTES - _OVERLAP):
+        yield text[start : start + _BATCH_BYTES]
+
+
 def _shingles(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of all shingles, and the text that each is in. A text of fewer than five words is one shingle."""
+    """Hashes of all shingles, and the text that each is in; together the texts have at most twice a batch's bytes."""
     is_word, powers, inverse = _tables()
     joined = b"\n".join(texts) + b"\n"
-    if len(joined) > len(powers):  # one text longer than a batch: its beginning and end stand for it
-        half = len(powers) // 2
-        joined = joined[: half - 1] + joined[-half:]
-        lengths = [len(joined) - 1]
-    else:
-        lengths = [len(text) for text in texts]
     # bytes.translate and bytes.lower look bytes up several times as fast as an index array does.
     inside = np.frombuffer(joined.translate(is_word), np.bool_)
     edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1  # the last byte is a line feed, so that words end
@@ -114,19 +129,16 @@ def _shingles(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     np.cumsum(np.frombuffer(joined.lower(), np.uint8) * powers[: len(joined)], out=prefix[1:])
     words = mix((prefix[ends] - prefix[starts]) * inverse[starts])
 
-    text_ends = np.cumsum(np.array(lengths, np.int64) + 1)
+    text_ends = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)) + 1)
     counts = np.diff(np.searchsorted(starts, text_ends), prepend=0)
-    owners = np.repeat(np.arange(len(lengths)), counts)
-    hashes, whole = _windows(words), owners[: 1 - SHINGLE] == owners[SHINGLE - 1 :]
-    short = np.flatnonzero((counts > 0) & (counts < SHINGLE))
-    firsts = (np.cumsum(counts) - counts)[short]
-    # A short text is read as if words that are nothing came after its own.
-    few = np.zeros((len(short), SHINGLE), np.uint64)
-    for step in range(SHINGLE - 1):
-        has = counts[short] > step
-        few[has, step] = words[firsts[has] + step]
-    hashes = np.concatenate([hashes[whole], _windows(few.ravel())[::SHINGLE]])
-    return mix(hashes), np.concatenate([owners[: 1 - SHINGLE][whole], short])
+    owners = np.repeat(np.arange(len(texts)), counts)
+    is_short = counts < SHORT
+    inner = (owners[: 1 - SHINGLE] == owners[SHINGLE - 1 :]) & ~is_short[owners[: 1 - SHINGLE]]
+    short = np.flatnonzero(is_short & (counts > 0))
+    begins = text_ends[short] - 1 - np.fromiter((len(texts[text]) for text in short), np.int64, len(short))
+    whole = (prefix[text_ends[short] - 1] - prefix[begins]) * inverse[begins]
+    hashes = np.concatenate([_windows(words)[inner], whole])
+    return mix(hashes), np.concatenate([owners[: 1 - SHINGLE][inner], short])
 
 
 def _windows(words: np.ndarray) -> np.ndarray:

@@ -127,7 +127,9 @@ def _write_rows(work: Path, task: Task, job: Job, rows: _Rows) -> None:
         for part in range(job.partitions):
             writer.write_batch(_one_batch(table.slice(bounds[part], bounds[part + 1] - bounds[part])))
     if config.dedup.near and job.task != "image":
-        _write_bands(work, number, [rows.texts[i] for i in order], ids[:, 0], config.dedup.threshold)
+        own = dedup.content_ids([name.encode() for name in names])[:, 0][codes[order]] if job.task != "lm" else None
+        keys = dedup.band_keys([rows.texts[i] for i in order], config.dedup.threshold, own)
+        _write_bands(work, number, keys, ids[:, 0])
 
 
 def _codes(labels: list[str]) -> tuple[list[str], np.ndarray]:
@@ -146,8 +148,7 @@ def _one_batch(table: pa.Table) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(arrays, schema=table.schema)
 
 
-def _write_bands(work: Path, number: int, texts: list[bytes], hi: np.ndarray, threshold: float) -> None:
-    keys = dedup.band_keys(texts, threshold)
+def _write_bands(work: Path, number: int, keys: np.ndarray, hi: np.ndarray) -> None:
     flat, owners = keys.ravel(), np.repeat(hi, keys.shape[1])
     used = flat != 0
     flat, owners = flat[used], owners[used]
