@@ -189,6 +189,8 @@ def execute(
     _check_ports(stage, "--out", stage.outputs, outputs)
     clock = Clock()
     _check_apart(inputs, outputs)
+    for uri in filter(storage.is_remote, outputs.values()):
+        storage.exists(uri)  # a missing driver or credentials are found before the work, not after it
     with tempfile.TemporaryDirectory(prefix="millrace-") as temporary:
         cache = Path(temporary)
         local = {port: storage.fetch(uri, cache / "in" / port) for port, uri in inputs.items()}

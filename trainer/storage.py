@@ -73,10 +73,15 @@ def filesystem(uri: str) -> tuple[Any, str]:
     if protocol in _BUCKETS and {":", "@"} & set(rest.partition("/")[0]):
         message = f"{protocol}://***: a URI must not hold credentials"
         raise StorageError(message, "give them in the environment, for example AWS_ACCESS_KEY_ID, or in a profile")
-    try:
-        fs, path = fsspec.core.url_to_fs(uri)
-    except (ImportError, ValueError) as error:
-        raise StorageError(f"{uri}: {error}", _EXTRAS.get(protocol, "use a path, s3://, gs:// or abfs://")) from None
+    if protocol in _BUCKETS and not rest.strip("/"):
+        raise StorageError(f"{uri}: names no bucket", f"write {protocol}://BUCKET/FOLDER")
+    with explained(uri):
+        try:
+            fs, path = fsspec.core.url_to_fs(uri)
+        except (ImportError, ValueError) as error:
+            raise StorageError(
+                f"{uri}: {error}", _EXTRAS.get(protocol, "use a path, s3://, gs:// or abfs://")
+            ) from None
     # Listings are cached per process, and other processes write to the store as well.
     fs.invalidate_cache()
     return fs, str(path)

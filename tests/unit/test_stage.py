@@ -382,3 +382,14 @@ def test_the_record_holds_the_sections_that_were_used(tmp_path, source, monkeypa
     record = manifest.read(tmp_path / "out/made").record
     assert record["params"]["train"] == {"lr": 0.25}
     assert record["params"]["data"]
+
+
+@pytest.mark.parametrize(
+    ("uri", "wanted"),
+    [("foo://x/y", "Protocol not known"), ("s3://", "names no bucket"), ("ftp://127.0.0.1:9/x", "Connection refused")],
+)
+def test_an_output_that_cannot_be_reached_is_found_before_the_work(tmp_path, source, monkeypatch, uri, wanted):
+    monkeypatch.setattr("tests.toy.run", lambda call: pytest.fail("the stage was run"))
+    with pytest.raises(StorageError, match=wanted):
+        call(tmp_path, outputs={"made": uri, "notes": tmp_path / "notes"})
+    assert not (tmp_path / "notes").exists()

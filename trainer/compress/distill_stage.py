@@ -6,6 +6,7 @@ on the validation split and the sizes of both, measured right after.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -66,7 +67,9 @@ def run(call: Call) -> Result:
     size = models.num_parameters(student)
     largest = max(models.num_parameters(teacher.loaded.model) for teacher in teachers)
     say(f"distill {config.model.name}: {size:,} parameters, {size / largest:.1%} of the teacher's {largest:,}")
-    fitted = fit(config, task, student, scratch=call.scratch, what="distill")
+    # A killed run goes on only with the same teachers; the first one is part of the scratch folder's name already.
+    others = hashlib.sha256("".join(each.digest for each in teachers).encode()).hexdigest()[:12]
+    fitted = fit(config, task, student, scratch=call.scratch / others, what="distill")
     teacher_metrics = {f"val_{name}": value for name, value in _evaluate(base, ensemble).items()}
     tokenizer = dataset.tokenizer_path if dataset.tokenizer_path.is_file() else None
     models.save(out, fitted.model, config.model, dataset.spec, dataset.labels, tokenizer, fitted.metrics)
