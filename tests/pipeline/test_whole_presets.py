@@ -12,6 +12,7 @@ import pytest
 from tests.pipeline.conftest import environment, run_in
 from trainer import presets
 from trainer.artifacts import manifest
+from trainer.config.load import load
 from trainer.registry import Registry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,7 +116,31 @@ def check_debian(metrics: dict, folder: Path) -> None:
 
 
 def check_code(metrics: dict, folder: Path) -> None:
-    assert metrics["candidate"]["bits_per_byte"] < metrics["baseline"]["bits_per_byte"]
+    candidate, baseline, xz = (metrics[name]["bits_per_byte"] for name in ("candidate", "baseline", "xz"))
+    assert metrics["baseline"]["name"] == "byte n-gram of order 5, interpolated Kneser-Ney"
+    assert metrics["baseline"]["settings"] == {"context in bytes": 5}
+    assert 0 < candidate < baseline < 8
+    assert metrics["xz"]["name"].startswith("xz -9e")
+    assert 0 < xz < 8
+    # The report shows the three side by side, whichever of them is the lowest.
+    report = (folder / "out/evaluation/report.html").read_text(encoding="utf-8")
+    for figure in (candidate, baseline, xz):
+        assert f"{figure:.3f}" in report
+    found, gate = metrics["comparison"], metrics["gate"]
+    difference = found["bits_per_byte"]
+    assert difference["value"] == pytest.approx(candidate - baseline, abs=1e-9)
+    assert difference["low"] <= difference["value"] <= difference["high"]
+    assert 0 < found["p_value"] <= 1
+    # There was no champion, so the gate goes by the baseline alone, at the level that is configured.
+    alpha = load(folder / "params.yaml").promote.alpha
+    assert (gate["champion"], gate["alpha"]) == ("", alpha)
+    assert gate["decision"] == ("promoted" if found["p_value"] < alpha else "refused")
+    p_text = "p < 0.0001" if found["p_value"] < 1e-4 else f"p = {found['p_value']:.4f}"
+    for words in (f"{baseline - candidate:.4f} bits per byte better", p_text, metrics["baseline"]["name"]):
+        assert words in gate["reason"]
+    champion = Registry(folder / "registry").champion("code-lm")
+    promoted = manifest.read(folder / "out/quantized").digest if gate["decision"] == "promoted" else None
+    assert (champion.digest if champion else None) == promoted
 
 
 CHECKS = {"digits": check_digits, "debian-sections": check_debian, "code-lm": check_code}
