@@ -137,16 +137,65 @@ BROKEN = {
     "no list inside": (b'{"a": 1}', "holds no list"),
     "not UTF-8": (b'["\xff\xff"]', "not UTF-8"),
     "nothing": (b"  ", "the file ends"),
-    "two values": (b"[1,]", "line 1"),
-}
+    "comma at the end": (b"[1,]", "line 1"),
+    "two lists": (b"[1, 2]\n[3]", "line 2: more follows the end"),
+    "garbage after": (b"[1]\n\n x", "line 3: more follows the end"),
+    "objects with lists": (b'{"data": [1, 2], "label": "x"}\n{"data": [3]}', "line 2: more follows the end"),
+    "two keys with lists": (b'{"examples": [1],\n"data": [2]}', "line 2: a second list of rows, 'data' after 'examples'"),
+    "a key with two lists": (b'{"data": [],\n"data": [2]}', "line 2: a second list of rows"),
+    "object not closed": (b'{"data": [1]', "the file ends"),
+    "JSON lines": (b'{"text": "a"}\n{"text": "b"}', "line 2: more follows the end"),
+    "deep": (b"[" * 100_000, "line 1: not JSON .nested too deeply"),
+}  # fmt: skip
+JSON_LINES = {"two lists", "objects with lists", "JSON lines"}
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_json_names_the_line(name: str, tmp_path: Path) -> None:
     content, message = BROKEN[name]
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as error:
         list(json_stream.items(tmp_path / "a.json", "a.json", "utf-8"))
+    if name in JSON_LINES:
+        assert "data.format=jsonl" in error.value.hint
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 16])
+def test_keys_after_the_list_are_stepped_over(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_stream, "_BLOCK", block)
+    (tmp_path / "a.json").write_text('{"v": 1, "rows": [1, 2], "license": {"rows": [3]}, "data": null}\n \n')
+    assert list(json_stream.items(tmp_path / "a.json", "a.json", "utf-8")) == [1, 2]
+
+
+@pytest.mark.parametrize("label", ["9" * 5000, "-" + "9" * 5000, "1e400", "NaN", "-Infinity"])
+@pytest.mark.parametrize("form", ["json", "jsonl"])
+def test_a_label_that_is_no_number_is_one_malformed_row(form: str, label: str, tmp_path: Path) -> None:
+    lines = ['{"text": "a", "label": 1}', f'{{"text": "b", "label": {label}}}', '{"text": "c", "label": 1.0}']
+    (tmp_path / f"a.{form}").write_text("[" + ",\n".join(lines) + "]" if form == "json" else "\n".join(lines))
+    found = [row for _, row in rows_of(tmp_path / f"a.{form}", tmp_path)]
+    examples = [row if isinstance(row, Bad) else to_example(row, "text", "label", "classify") for row in found]
+    assert examples[::2] == [Example("a", "1"), Example("c", "1.0")]
+    assert isinstance(examples[1], Bad)
+    assert examples[1].kind in ("no_label", "not_json")
+    assert "Error" not in examples[1].message
+
+
+def test_planning_a_csv_of_long_records_keeps_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+
+    def watched(path: Path, encoding: str, ends: dict[int, int]) -> Any:
+        for line in sized_lines(path, encoding, ends):
+            left.append(len(ends))
+            yield line
+
+    sized_lines = chunks._sized_lines
+    monkeypatch.setattr(chunks, "_sized_lines", watched)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 5000)
+    (tmp_path / "a.csv").write_text('"text","la\nbel",label\n\n' + '"a\nb\nc","\n",x\n\n"a"b,x,y\n' * 3000)
+    found = rows_of(tmp_path / "a.csv", tmp_path)
+    assert len(found) == 6000
+    assert len(left) > 18_000
+    assert max(left) < 10
 
 
 SHAPES = {
@@ -171,7 +220,7 @@ def test_shapes_of_rows(name: str) -> None:
     assert to_example(row, "text", "label", task) == expected
 
 
-MALFORMED = {
+MALFORMED: dict[str, tuple[Any, str, str]] = {
     "list": ([1], "not_object", "list"),
     "null": (None, "not_object", "null"),
     "no text": ({"txt": "a", "label": "x"}, "no_text", "did you mean 'txt'"),
@@ -179,6 +228,8 @@ MALFORMED = {
     "null label": ({"text": "a", "label": None}, "no_label", "null"),
     "empty label": ({"text": "a", "label": " "}, "no_label", "empty"),
     "list as label": ({"text": "a", "label": []}, "no_label", "list"),
+    "NaN as label": ({"text": "a", "label": float("nan")}, "no_label", "NaN or infinite"),
+    "infinite label": ({"input": "a", "output": float("-inf")}, "no_label", "NaN or infinite"),
     "long label": ({"text": "a", "label": "x" * 300}, "long_label", "300"),
     "number as text": ({"text": 1, "label": "x"}, "text_not_string", "number"),
     "half a surrogate pair": ({"text": "\ud800", "label": "x"}, "encoding", "surrogate"),
@@ -194,6 +245,20 @@ def test_malformed_rows_say_why(name: str) -> None:
     assert isinstance(found, Bad)
     assert found.kind == kind
     assert message in found.message
+
+
+def test_a_turn_that_is_no_number_is_malformed() -> None:
+    row = {"input": "a", "output": float("nan")}
+    assert isinstance(to_example(row, "text", "label", "lm"), Bad)
+
+
+def test_a_message_names_few_keys_and_cuts_them() -> None:
+    row = {f"{number:02d} SECRET " + "words " * 40: 1 for number in range(50)}
+    found = to_example(row, "text", "label", "classify")
+    assert isinstance(found, Bad)
+    assert found.message.count("SECRET") == 12
+    assert "and 38 more" in found.message
+    assert len(found.message) < 700
 
 
 @given(values, st.sampled_from(["classify", "lm", "image"]))

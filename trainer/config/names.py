@@ -7,12 +7,26 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+_MAX_NAME = 40
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A phrase such as `did you mean 'lr'?`, or the list of the known names when none is near."""
+
+def nearest(name: str, known: Iterable[str], limit: int = 0) -> str:
+    """A phrase such as `did you mean 'lr'?`, or the list of the known names when none is near.
+
+    Args:
+        name: as it was typed.
+        known: the names it can be.
+        limit: list at most so many and cut each: for names that come out of a file, and may be its data.
+    """
+    if limit:
+        known = [" ".join(known_name[:_MAX_NAME].split()) for known_name in known]
     names = {known_name.lower(): known_name for known_name in sorted(known)}
     close = difflib.get_close_matches(name[:80].lower(), list(names), n=1, cutoff=0.5)
-    return f"did you mean {names[close[0]]!r}?" if close else f"known: {', '.join(names.values())}"
+    if close:
+        return f"did you mean {names[close[0]]!r}?"
+    listed = list(names.values())[: limit or None]
+    more = f" and {len(names) - len(listed)} more" if len(listed) < len(names) else ""
+    return f"known: {', '.join(listed)}{more}"
 
 
 def shown(name: Any) -> str:

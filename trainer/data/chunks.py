@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.names import nearest
-from trainer.data.examples import Bad, to_example
+from trainer.data.examples import MAX_NAMES, Bad, to_example
 from trainer.data.json_stream import items
 from trainer.data.readers import csv_records, decode, json_rows
 from trainer.data.sources import RawFile
@@ -19,6 +19,7 @@ CHUNK_BYTES = 16 << 20
 MAX_LINE = 256 << 20
 _BLOCK = 1 << 20
 _IMAGES_PER_CHUNK = 2048
+_DELIMITERS = {"\t": "tab", ";": "semicolon", ",": "comma", "|": "vertical bar"}
 
 Chunk = dict[str, Any]
 
@@ -61,10 +62,10 @@ def check_columns(file: RawFile, encoding: str, keys: tuple[str, str], task: str
     elif is_wide(encoding):
         return  # it has to be rewritten first
     elif file.format in ("csv", "tsv"):
-        lines = _sized_lines(file.path, encoding, {})
-        record = next(csv_records(lines, "\t" if file.format == "tsv" else ",", 0), None)
+        delimiter = "\t" if file.format == "tsv" else ","
+        record = next(csv_records(_sized_lines(file.path, encoding, {}), delimiter, 0), None)
         if record:
-            _header(file.name, record[2], keys, task)
+            _header(file.name, record[2], delimiter, keys, task)
     elif file.format in ("jsonl", "json"):
         rows = items(file.path, file.name, encoding) if file.format == "json" else _first_json(file, encoding)
         found = to_example(next(iter(rows), {}), *keys, task)
@@ -152,8 +153,17 @@ def _check_columns(name: str, columns: list[str], keys: tuple[str, str], task: s
     text, label = keys
     for key, field in ((text, "text"), (label, "label")):
         if key not in columns and not (key == label and task == "lm"):
-            message = f"{name}: no column {key!r}; {nearest(key, columns)}"
-            raise DataError(message, f"set data.{field} to the name of a column: {', '.join(columns[:20])}")
+            message = f"{name}: no column {key!r}; {nearest(key, columns, limit=MAX_NAMES)}"
+            raise DataError(message, f"set data.{field} to the name of a column; does the file have a header line?")
+
+
+def _check_delimiter(name: str, header: list[str], delimiter: str) -> None:
+    """Raises DataError for a header of one column in which another delimiter stands."""
+    others = [each for each in _DELIMITERS if each != delimiter and each in header[0]] if len(header) == 1 else []
+    if others:
+        message = f"{name}: line 1: the header has no {_DELIMITERS[delimiter]} but a {_DELIMITERS[others[0]]}"
+        fixes = {"\t": "set data.format=tsv", ",": "set data.format=csv"}
+        raise DataError(message, fixes.get(others[0], "write the file with commas, or with tabs as .tsv"))
 
 
 def _csv(file: RawFile, encoding: str, keys: tuple[str, str], task: str) -> list[Chunk]:
@@ -163,19 +173,19 @@ def _csv(file: RawFile, encoding: str, keys: tuple[str, str], task: str) -> list
     header: list[str] | None = None
     chunks: list[Chunk] = []
     start, first, rows, limit = 0, 1, 0, _IMAGES_PER_CHUNK if file.format == "images" else 0
-    end = 0
+    end = done = 0
     whole = file.path.stat().st_size
     for _, last, fields in csv_records(_sized_lines(file.path, encoding, sizes), delimiter, 0):
         if header is None:
-            header = _header(file.name, fields, keys, task)
-            end = start = sizes[last]
-            first = last + 1
+            header = _header(file.name, fields, delimiter, keys, task)
+            end = start = _end_of(sizes, 0, last)
+            first, done = last + 1, last
             if whole <= CHUNK_BYTES and not limit:
                 end = whole
                 break
             continue
         rows += 1
-        end = sizes.pop(last)
+        end, done = _end_of(sizes, done, last), last
         if end - start >= CHUNK_BYTES or (limit and rows >= limit):
             chunks.append({"start": start, "end": end, "first": first})
             start, first, rows = end, last + 1, 0
@@ -186,14 +196,25 @@ def _csv(file: RawFile, encoding: str, keys: tuple[str, str], task: str) -> list
     return [{"format": file.format, "header": header, **chunk} for chunk in chunks]
 
 
-def _header(name: str, fields: Any, keys: tuple[str, str], task: str) -> list[str]:
+def _end_of(ends: dict[int, int], done: int, last: int) -> int:
+    """The byte at which line `last` ends; forgets the lines after `done` up to it, which are not asked for again."""
+    end = 0
+    for line in range(done + 1, last + 1):
+        end = ends.pop(line)
+    return end
+
+
+def _header(name: str, fields: Any, delimiter: str, keys: tuple[str, str], task: str) -> list[str]:
     if isinstance(fields, Bad):
-        raise DataError(f"{name}: line 1: {fields.message}", "correct the header, or set data.encoding")
+        hint = f"correct the header (fields are divided by a {_DELIMITERS[delimiter]}), or set data.encoding"
+        raise DataError(f"{name}: line 1: {fields.message}", hint)
     header = [column.strip() for column in fields]
+    if not set(keys) & set(header):
+        _check_delimiter(name, fields, delimiter)
     _check_columns(name, header, keys, task)
     if len(set(header)) != len(header):
         twice = next(column for column in header if header.count(column) > 1)
-        raise DataError(f"{name}: line 1: column {twice!r} appears twice", "rename one of them")
+        raise DataError(f"{name}: line 1: column {twice[:40]!r} appears twice", "rename one of them")
     return header
 
 

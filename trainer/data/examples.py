@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,6 +11,8 @@ from typing import Any
 from trainer.config.names import nearest
 
 MAX_LABEL = 256
+# Keys or columns named in one message: they come out of the file.
+MAX_NAMES = 12
 
 
 @dataclass(frozen=True)
@@ -57,19 +60,27 @@ def to_example(row: Any, text_key: str, label_key: str, task: str) -> Example | 
     elif "messages" in row:
         return _dialogue(row, task)
     else:
-        return Bad("no_text", f"has no key {text_key!r}; {nearest(text_key, [str(key) for key in row])}")
+        return Bad(
+            "no_text", f"has no key {text_key!r}; {nearest(text_key, [str(key) for key in row], limit=MAX_NAMES)}"
+        )
     if not isinstance(text, str):
         return Bad("text_not_string", f"{where} is a {_kind(text)}, not a text")
     if task == "lm":
         return _checked(text, None)
     if missing:
-        return Bad("no_label", f"has no key {label_key!r}; {nearest(label_key, [str(key) for key in row])}")
+        return Bad(
+            "no_label", f"has no key {label_key!r}; {nearest(label_key, [str(key) for key in row], limit=MAX_NAMES)}"
+        )
     return _labelled(text, label, label_key)
 
 
 def _pair(row: dict[str, Any], task: str) -> Example | Bad:
     given, wanted = row["input"], row["output"]
-    if not isinstance(given, str) or not isinstance(wanted, (str, int, float)):
+    if (
+        not isinstance(given, str)
+        or not isinstance(wanted, (str, int, float))
+        or (task == "lm" and _is_infinite(wanted))
+    ):
         return Bad("text_not_string", "keys 'input' and 'output' must hold texts")
     if task == "lm":
         return _checked(render((("user", given), ("assistant", str(wanted)))), None)
@@ -94,9 +105,13 @@ def _dialogue(row: dict[str, Any], task: str) -> Example | Bad:
 def _image(row: dict[str, Any], text_key: str, label_key: str) -> Example | Bad:
     key = text_key if text_key in row else "image"
     if key not in row:
-        return Bad("no_text", f"has no key {text_key!r}; {nearest(text_key, [str(each) for each in row])}")
+        return Bad(
+            "no_text", f"has no key {text_key!r}; {nearest(text_key, [str(key) for key in row], limit=MAX_NAMES)}"
+        )
     if label_key not in row:
-        return Bad("no_label", f"has no key {label_key!r}; {nearest(label_key, [str(each) for each in row])}")
+        return Bad(
+            "no_label", f"has no key {label_key!r}; {nearest(label_key, [str(key) for key in row], limit=MAX_NAMES)}"
+        )
     picture = row[key]
     example = _labelled(picture if isinstance(picture, str) else "", row[label_key], label_key)
     return example if isinstance(example, Bad) else Example(example.text, example.label, picture)
@@ -105,6 +120,8 @@ def _image(row: dict[str, Any], text_key: str, label_key: str) -> Example | Bad:
 def _labelled(text: str, label: Any, key: str) -> Example | Bad:
     if isinstance(label, bool):
         label = str(label).lower()
+    elif _is_infinite(label):
+        return Bad("no_label", f"key {key!r} is NaN or infinite, not a label")
     elif isinstance(label, int | float):
         label = str(label)
     if not isinstance(label, str):
@@ -115,6 +132,11 @@ def _labelled(text: str, label: Any, key: str) -> Example | Bad:
     if len(label) > MAX_LABEL:
         return Bad("long_label", f"key {key!r} has {len(label)} characters; a label has at most {MAX_LABEL}")
     return _checked(text, label)
+
+
+def _is_infinite(value: Any) -> bool:
+    """Whether it is NaN or an infinity: what `NaN` in JSON, 1e400 and an empty cell of a float column come out as."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 @lru_cache(maxsize=4096)

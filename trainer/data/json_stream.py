@@ -15,6 +15,17 @@ _BLOCK = 1 << 16
 MAX_ITEM = 64 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
 _LISTS = ("examples", "conversations", "data", "rows")
+_HINT = "if each line is a JSON value, set data.format=jsonl or rename the file to .jsonl; else write one list per file"
+
+
+def _whole_number(digits: str) -> int | float:
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)  # infinite, as 1e400 is
+
+
+_STRICT, _LENIENT = json.JSONDecoder(), json.JSONDecoder(parse_int=_whole_number)
 
 
 class _Buffer:
@@ -56,7 +67,7 @@ class _Buffer:
 
     def value(self) -> Any:
         """The next JSON value."""
-        decoder, size = json.JSONDecoder(), _BLOCK
+        decoder, size = _STRICT, _BLOCK
         self.peek()
         while True:
             try:
@@ -67,19 +78,23 @@ class _Buffer:
                 if not self.more(size):
                     raise self.error(error.msg, error.pos) from None
                 size = min(size * 2, MAX_ITEM)
-            except (ValueError, RecursionError) as error:
-                raise self.error(type(error).__name__) from None
+            except RecursionError:
+                raise self.error("nested too deeply") from None
+            except ValueError:  # int() takes no number of more than 4300 digits
+                decoder = _LENIENT
             else:
                 # A number at the end of the buffer may go on in what is not read yet.
                 if end < len(self.text) or not self.more(size):
                     self.position = end
                     return value
 
-    def error(self, reason: str, position: int | None = None) -> DataError:
+    def where(self, position: int | None = None) -> str:
+        """The file and the line of a place in the buffer; by default the one that is read next."""
         line = self.line + self.text.count("\n", 0, self.position if position is None else position)
-        return DataError(
-            f"{self.name}: line {line}: not JSON ({reason})", "correct the file, or use JSON lines (.jsonl)"
-        )
+        return f"{self.name}: line {line}"
+
+    def error(self, reason: str, position: int | None = None) -> DataError:
+        return DataError(f"{self.where(position)}: not JSON ({reason})", f"correct the file; {_HINT}")
 
     def expect(self, character: str) -> None:
         """Step over a character."""
@@ -89,6 +104,11 @@ class _Buffer:
                 f"{character!r} expected, found {found!r}" if found else f"{character!r} expected, the file ends"
             )
         self.position += 1
+
+    def end(self) -> None:
+        """Raises DataError if anything follows."""
+        if self.peek():
+            raise DataError(f"{self.where()}: more follows the end of the first JSON list or object", _HINT)
 
 
 def items(path: Path, name: str, encoding: str) -> Iterator[Any]:
@@ -100,35 +120,48 @@ def items(path: Path, name: str, encoding: str) -> Iterator[Any]:
         encoding: its character encoding.
 
     Raises:
-        DataError: it is not JSON, or holds no list; the message names the line.
+        DataError: it is not JSON, holds no list or more than one; the message names the line.
     """
     buffer = _Buffer(path, name, encoding)
     with buffer.file:
         if buffer.peek() == "{":
-            _enter_list(buffer)
-        buffer.expect("[")
-        if buffer.peek() == "]":
-            return
-        while True:
-            yield buffer.value()
-            if buffer.peek() == "]":
-                return
+            yield from _object(buffer)
+        else:
+            yield from _list(buffer)
+        buffer.end()
+
+
+def _list(buffer: _Buffer) -> Iterator[Any]:
+    buffer.expect("[")
+    if buffer.peek() != "]":
+        yield buffer.value()
+        while buffer.peek() == ",":
             buffer.expect(",")
+            yield buffer.value()
+    buffer.expect("]")
 
 
-def _enter_list(buffer: _Buffer) -> None:
-    """Step into the object's list, over the keys before it."""
+def _object(buffer: _Buffer) -> Iterator[Any]:
+    """The items of the one list of rows in an object; other keys are stepped over."""
     buffer.expect("{")
-    seen = []
+    found = ""
+    seen: list[str] = []
     while buffer.peek() == '"':
         key = buffer.value()
         seen.append(str(key)[:40])
         buffer.expect(":")
-        if key in _LISTS and buffer.peek() == "[":
-            return
-        buffer.value()
+        if key not in _LISTS or buffer.peek() != "[":
+            buffer.value()
+        elif found:
+            message = f"{buffer.where()}: a second list of rows, {key!r} after {found!r}"
+            raise DataError(message, "write one list per file")
+        else:
+            found = key
+            yield from _list(buffer)
         if buffer.peek() != ",":
             break
         buffer.expect(",")
-    message = f"{buffer.name}: holds no list of rows; its keys are {', '.join(seen[:10]) or 'none'}"
-    raise DataError(message, f"put the rows in a list, or under one of {', '.join(_LISTS)}")
+    buffer.expect("}")
+    if not found and not buffer.peek():
+        message = f"{buffer.name}: holds no list of rows; its keys are {', '.join(seen[:10]) or 'none'}"
+        raise DataError(message, f"put the rows in a list, or under one of {', '.join(_LISTS)}; {_HINT}")

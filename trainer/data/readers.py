@@ -82,8 +82,10 @@ def json_rows(lines: Iterator[tuple[int, str | Bad]]) -> Iterator[Numbered]:
                 yield number, json.loads(line)
             except json.JSONDecodeError as error:
                 yield number, Bad("not_json", f"is not JSON ({error.msg} at character {error.pos + 1})")
-            except (ValueError, RecursionError) as error:
-                yield number, Bad("not_json", f"is not usable JSON ({type(error).__name__})")
+            except RecursionError:
+                yield number, Bad("not_json", "is not usable JSON (nested too deeply)")
+            except ValueError:
+                yield number, Bad("not_json", "is not usable JSON (a number has too many digits)")
 
 
 def plain_rows(lines: Iterator[tuple[int, str | Bad]]) -> Iterator[Numbered]:
