@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 from collections.abc import Callable
@@ -14,8 +15,8 @@ import pytest
 from trainer.artifacts import manifest
 from trainer.artifacts.dataset import END, SPLITS, Dataset
 from trainer.config.load import validate
-from trainer.data import chunks, engine, stage
-from trainer.errors import DataError, MillraceError
+from trainer.data import chunks, engine, kernels, stage
+from trainer.errors import DataError, MillraceError, StorageError
 from trainer.stage import execute
 
 WORDS = [f"word{number}" for number in range(400)]
@@ -321,6 +322,14 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], str], str]] = {
     "not UTF-8": (csv_file(MANY.replace("word", "w\xf6rd").encode("latin-1")), "line 2: is not UTF-8 (byte 0xf6"),
     "UTF-16": (csv_file(MANY.encode("utf-16")), "a.csv"),
     "binary": (csv_file(bytes(range(256)) * 40), "a.csv"),
+    "semicolons": (csv_file(MANY.replace(",", ";")), "a.csv: line 1: the header has no comma but a semicolon"),
+    "tabs": (csv_file(MANY.replace(",", "\t")), "a.csv: line 1: the header has no comma but a tab"),
+    "JSON lines named .json": (
+        text_file("a.json", "".join(json.dumps(row) + "\n" for row in rows(60))), "a.json: line 2: more follows"
+    ),
+    "list after list": (
+        text_file("a.json", json.dumps(rows(60)) + "\n" + json.dumps(rows(600, seed=1))), "a.json: line 2: more follows"
+    ),
     "truncated Parquet": (truncated_parquet, "a.parquet: not a complete Parquet file"),
     "damaged Parquet": (damaged_parquet, "a.parquet: row"),
     "all rows dropped": (csv_file(HEAD + ",x\n,y\n,x\n"), "no row is left of 3 (empty 3)"),
@@ -400,6 +409,60 @@ def test_the_named_row_does_not_depend_on_chunks(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(chunks, "_BLOCK", 500)
     with pytest.raises(DataError, match=r"^a\.jsonl: line 230: "):
         preprocess(tmp_path / "none", path, max_bad_rows=2)
+
+
+def test_a_csv_without_header_shows_little_of_its_first_row(tmp_path: Path) -> None:
+    row = ",".join(f"cell {number} " + "x" * 60 for number in range(30))
+    with pytest.raises(DataError) as error:
+        preprocess(tmp_path / "out", csv_file(f"{row}\n" * 60)(tmp_path))
+    shown = str(error.value)
+    assert "header" in error.value.hint
+    assert shown.count("cell") == 12
+    assert "x" * 41 not in shown
+
+
+@pytest.mark.parametrize(("number", "said"), [(0, False), (2, True)])
+def test_the_screen_says_why_rows_were_dropped(
+    number: int, said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = [*rows(60), *rows(60)[:number], *([[1]] * number)]
+    preprocess(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", items))
+    lines = capsys.readouterr().out.splitlines()
+    assert ("preprocess: dropped duplicate=2 malformed:not_object=2" in lines) is said
+    assert any(line.startswith("preprocess: dropped") for line in lines) is said
+
+
+def test_a_password_in_the_source_reaches_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import fsspec
+
+    uri = "memory://user:hunter2@host/a.jsonl"
+    fs, path = fsspec.core.url_to_fs(uri)
+    fs.pipe(path, write_jsonl(tmp_path / "a.jsonl", rows(60)).read_bytes())
+    dataset = preprocess(tmp_path / "out", uri)
+    assert dataset.meta["source"] == "memory://***@host/a.jsonl"
+    files = [file for file in dataset.folder.rglob("*") if file.is_file()]
+    assert not [file for file in files if b"hunter2" in file.read_bytes()]
+    assert "hunter2" not in "".join(capsys.readouterr())
+
+
+def test_the_card_shows_labels_as_they_are(tmp_path: Path) -> None:
+    items = [{**row, "label": row["label"].replace("l0", "`<script>|x`")} for row in rows(60)]
+    folder = tmp_path / "<b>`raw`"
+    folder.mkdir()
+    dataset = preprocess(tmp_path / "out", write_jsonl(folder / "a.jsonl", items))
+    text = (dataset.folder / "card.md").read_text()
+    assert "| `'<script>\\|x'` | 20 |" in text
+    assert text.count("<script>") == 1
+    assert f"# Dataset from `{tmp_path}/<b>'raw'/a.jsonl`" in text
+
+
+def test_an_error_without_a_file_names_the_work_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(task: dict[str, Any]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(kernels, "full", full, raising=False)
+    with pytest.raises(StorageError, match=r"^preprocess: work folder /scratch/work: No space left on device"):
+        list(engine.Engine("inline", 1).run("trainer.data.kernels:full", [{"work": "/scratch/work"}]))
 
 
 def test_messages_never_show_the_data(tmp_path: Path) -> None:

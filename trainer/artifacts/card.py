@@ -127,7 +127,7 @@ def _training_data(dataset: Dataset) -> str:
     rows += [(f"Rows, {_SPLIT_NAMES[split]}", f"{count:,}") for split, count in meta.get("rows", {}).items()]
     rows += [(f"Rows dropped, {_inline(reason)}", f"{count:,}") for reason, count in meta.get("dropped", {}).items()]
     if dataset.labels:
-        rows.append(("Labels", f"{len(dataset.labels)}: {', '.join(f'`{_code(name)}`' for name in dataset.labels)}"))
+        rows.append(("Labels", f"{len(dataset.labels)}: {', '.join(f'`{code(name)}`' for name in dataset.labels)}"))
     return _table(("", ""), rows)
 
 
@@ -140,19 +140,20 @@ def _evaluation(results: list[tuple[str, str, float]]) -> str:
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(cell(each) for each in line) + " |" for line in lines)
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """Text as a cell of a table: on one line, without the character that ends it."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
 def _inline(text: str) -> str:
     """Text on one line that cannot start a code span or HTML."""
-    return _code(text).replace("<", "&lt;")
+    return code(text).replace("<", "&lt;")
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
     """Text on one line that cannot end the code span it is put in, where everything else is literal."""
     return " ".join(text.split()).replace("`", "'")
 
@@ -171,11 +172,11 @@ def _fill(texts: Mapping[str, str], dataset: Dataset) -> str:
 
 
 def _source(dataset: Dataset) -> str:
-    return _code(str(dataset.meta.get("source", ""))) or "unknown"
+    return code(str(dataset.meta.get("source", ""))) or "unknown"
 
 
 def _version(dataset: Dataset) -> str:
-    return _code(str(dataset.meta.get("data_version", ""))) or "unknown"
+    return code(str(dataset.meta.get("data_version", ""))) or "unknown"
 
 
 def _plain(value: Any) -> Any:

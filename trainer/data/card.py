@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from trainer.artifacts.card import cell, code
+
 
 def render(meta: dict[str, Any]) -> str:
     """The text of card.md from the meta of the manifest."""
     lines = [
-        f"# Dataset from `{meta['source']}`",
+        f"# Dataset from `{code(meta['source'])}`",
         "",
         f"Made by `millrace` for the task `{meta['task']}`; data version (DVC md5) `{meta['data_version']}`.",
         "",
@@ -24,14 +26,10 @@ def render(meta: dict[str, Any]) -> str:
         lines += [f"| {reason.replace('_', ' ')} | {number:,} |" for reason, number in meta["dropped"].items()]
     if meta["label_counts"]:
         lines += ["", "| label | rows |", "|---|---:|"]
-        lines += [f"| {_cell(label)} | {number:,} |" for label, number in meta["label_counts"].items()]
+        lines += [f"| `{cell(code(label))}` | {number:,} |" for label, number in meta["label_counts"].items()]
     lines += [
         "",
         "Rows are assigned to splits by a hash of their content; duplicates were removed before, so none crosses splits.",
         "",
     ]
     return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -43,8 +43,10 @@ def num_workers(workers: int) -> int:
 def call(kernel: str, task: str) -> str:
     """Run a kernel on a task, both as JSON text. An error for the user becomes {"error": [class, message, hint]}."""
     try:
-        with explained(kernel):
-            return json.dumps(plugins.load(kernel)(json.loads(task)))
+        given = json.loads(task)
+        # Errors that name no file: of a write to a disk that is full.
+        with explained(f"preprocess: work folder {given.get('work', '')}"):
+            return json.dumps(plugins.load(kernel)(given))
     except MillraceError as error:
         return json.dumps({"error": [type(error).__name__, error.message, error.hint]})
 

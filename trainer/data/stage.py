@@ -23,7 +23,7 @@ from trainer.config import Params
 from trainer.data import builtin, card, chunks, engine, kernels, pack, sources, split, tokenizer
 from trainer.data.clean import make_cleaner
 from trainer.data.job import Job
-from trainer.errors import DataError
+from trainer.errors import DataError, redact
 from trainer.stage import Call, Result
 
 # Raw bytes per partition: what one worker holds at a time when duplicates are removed and texts are tokenised.
@@ -76,11 +76,13 @@ def _run(params: Params, out: Path, work: Path) -> Result:
         extra = {"fast": fast, "dtype": pack.token_dtype(spec.vocab_size), "threads": threads}
         packed = runner.all("pack", [{**part, **extra} for part in parts])
     meta: dict[str, Any] = {
-        "spec": spec_meta(spec), "task": task, "source": data.source, "data_version": source.version,
+        "spec": spec_meta(spec), "task": task, "source": redact(data.source), "data_version": source.version,
         "num_read": num_read, "dropped": {reason: number for reason, number in sorted(dropped.items()) if number},
         "label_counts": label_counts,
     }  # fmt: skip
     _write(out, work, job, packed, spec, meta, params)
+    if meta["dropped"]:
+        log.say("preprocess: dropped", **meta["dropped"])
     log.say("preprocess: done", read=num_read, kept=meta["kept"], **meta["rows"], labels=len(job.labels or []))
     metrics = {"rows": float(meta["kept"]), "dropped": float(num_read - meta["kept"])}
     return Result(metrics=metrics, meta={"dataset": meta})
