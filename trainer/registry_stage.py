@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer import log
+from trainer import log, storage
 from trainer.artifacts import manifest
 from trainer.artifacts.dataset import Dataset
 from trainer.errors import ArtifactError, GateRefused
@@ -70,7 +70,7 @@ def run(call: Call) -> Result:
         "registry": promote.registry,
         "model": promote.model,
     }
-    (call.outputs["promotion"] / "promotion.json").write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
+    storage.write_json(call.outputs["promotion"] / "promotion.json", outcome)
     log.say(
         f"{decision}: {promote.model} {version.version} ({reason}); champion {outcome['champion'] or 'none'}"
         f" in {promote.registry}"

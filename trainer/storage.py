@@ -7,6 +7,7 @@ complete when its manifest.json is there, because `send` writes that last.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Collection, Iterator
@@ -195,6 +196,11 @@ def write_atomic(path: Path, content: bytes) -> None:
             sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file for people and tools to read."""
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def sync_folder(folder: Path) -> None:

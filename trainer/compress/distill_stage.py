@@ -83,7 +83,7 @@ def run(call: Call) -> Result:
         "num_parameters": {"teacher": largest, "student": size, "ratio": size / largest},
         "teachers": [{"name": each.name, "digest": each.digest} for each in teachers],
     }
-    _write_json(out / "distillation.json", comparison)
+    storage.write_json(out / "distillation.json", comparison)
     (out / "history.jsonl").write_text(history_lines(fitted.history), encoding="utf-8")
     sections = {
         "task": params.task.model_dump(mode="json"),
@@ -240,7 +240,3 @@ def _metrics_of(folder: Path) -> dict[str, float]:
 def _few(names: set[str]) -> str:
     shown = sorted(names)[:5]
     return ", ".join(map(repr, shown)) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

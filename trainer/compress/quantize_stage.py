@@ -7,13 +7,13 @@ table.json          one row per variant: bytes, latency, throughput, score on th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trainer import storage
 from trainer.artifacts.card import write_model_card
 from trainer.artifacts.dataset import Dataset
 from trainer.config import Params
@@ -57,8 +57,8 @@ def run(call: Call) -> Result:
     (out / SERVED).write_bytes(served)
     score = next(each.score for each in rows if each.served)
     metrics = {f"val_{task.metric}": score}
-    _write_json(out / models.METRICS, metrics)
-    _write_json(out / TABLE, measure.as_json(rows, task.metric))
+    storage.write_json(out / models.METRICS, metrics)
+    storage.write_json(out / TABLE, measure.as_json(rows, task.metric))
     if history:
         (out / "history.jsonl").write_text(history_lines(history), encoding="utf-8")
     for line in measure.as_text(rows, f"val_{task.metric}").splitlines():
@@ -193,7 +193,3 @@ def card(
         base="the student",
         notes=note,
     )
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

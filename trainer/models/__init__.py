@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer import storage
 from trainer.artifacts.dataset import Spec
 from trainer.config.model import FAMILIES, Family
 from trainer.errors import ArtifactError
@@ -92,14 +93,14 @@ def save(
         "label2id": {label: i for i, label in enumerate(labels)},
         "num_parameters": num_parameters(model),
     }
-    _write_json(folder / CONFIG, content)
+    storage.write_json(folder / CONFIG, content)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, str(folder / WEIGHTS), metadata={"format": "pt"})
     # safetensors makes its file for this user alone; pods that share a volume may run as others.
     (folder / WEIGHTS).chmod(0o644)
     if tokenizer is not None and tokenizer.is_file():
         shutil.copyfile(tokenizer, folder / TOKENIZER)
-    _write_json(folder / METRICS, metrics)
+    storage.write_json(folder / METRICS, metrics)
 
 
 def load(folder: str | Path) -> Loaded:
@@ -149,7 +150,3 @@ def read_config(folder: Path) -> tuple[Family, Spec, list[str]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: not a model's configuration: {error}", rebuild) from None
     return config, spec, labels
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

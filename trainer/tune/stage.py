@@ -117,9 +117,9 @@ def write(out: Path, params: Params, found: Search | None) -> dict[str, Any]:
         "best": best, "trials": rows, "importance": found.importance if found else {},
     }  # fmt: skip
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (out / "best.json").write_text(json.dumps(best, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    storage.write_json(out / "best.json", best)
     (out / "trials.jsonl").write_text(lines, encoding="utf-8")
-    (out / "search.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    storage.write_json(out / "search.json", data)
     (out / "search.html").write_text(plots.page(data), encoding="utf-8")
     return best
 
