@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from trainer import __version__
-from trainer.errors import EXIT_CODES, ConfigError
+from trainer.errors import EXIT_CODES, ConfigError, redact
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print what is wrong and leave with 2."""
         self.print_usage(sys.stderr)
-        print(f"error: {message}\n  fix: see `{self.prog} --help`", file=sys.stderr)
+        print(f"error: {redact(message)}\n  fix: see `{self.prog} --help`", file=sys.stderr)
         raise SystemExit(2)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -68,7 +68,9 @@ Command = Callable[..., Parser]
 
 def _add_run(command: Command) -> None:
     sub = command("run", "run what is not up to date, from raw data to a promoted model", "run")
-    sub.add_argument("overrides", metavar="section.key=value", nargs="*", help="set a parameter in params.yaml first")
+    sub.add_argument(
+        "overrides", metavar="section.key=value", nargs="*", default=[], help="set a parameter in params.yaml first"
+    )
     sub.add_argument("--force", action="store_true", help="run all stages, changed or not")
     sub.add_argument("--until", metavar="STAGE", help="stop after this stage")
 
@@ -84,7 +86,9 @@ def _add_new(command: Command) -> None:
     sub.add_argument(
         "--preset", metavar="NAME", default="text-classify", help="preset to start from (default: text-classify)"
     )
-    sub.add_argument("overrides", metavar="section.key=value", nargs="*", help="set a parameter in its params.yaml")
+    sub.add_argument(
+        "overrides", metavar="section.key=value", nargs="*", default=[], help="set a parameter in its params.yaml"
+    )
 
 
 def _add_stage(command: Command) -> None:
@@ -145,7 +149,11 @@ def _add_report(command: Command) -> None:
 def _add_config(command: Command) -> None:
     sub = command("config", "print every parameter with its type, bounds, default and meaning", "config")
     sub.add_argument(
-        "overrides", metavar="section.key=value", nargs="*", help="override a parameter (with --print-config)"
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        default=[],
+        help="override a parameter (with --print-config)",
     )
     sub.add_argument("--print-config", action="store_true", help="print params.yaml as the stages will see it")
     sub.add_argument("--schema", action="store_true", help="print the JSON Schema of params.yaml, for editors")

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from trainer import __version__, presets
 from trainer.config import Params
 from trainer.config.load import dump, load
 from trainer.config.names import nearest
-from trainer.errors import EXIT_OK, ArtifactError, ConfigError, DataError, StorageError
+from trainer.errors import EXIT_OK, ArtifactError, ConfigError, DataError, StorageError, redact
 from trainer.storage import explained
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def new(args: Namespace) -> int:
 
     folder = Path(args.folder)
     params = project.new(folder, Path(args.data), args.text, args.label, args.preset, args.overrides)
-    print(f"made {folder}: params.yaml, dvc.yaml and {params.data.source}, which DVC versions")
+    print(f"made {folder}: params.yaml, dvc.yaml and {redact(params.data.source)}, which DVC versions")
     print(f"next: cd {folder} && {program()} run")
     return EXIT_OK
 
@@ -64,9 +65,10 @@ def _use_preset(name: str, path: Path, force: bool) -> None:
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
     if before and not force and before not in [presets.text(known) for known in presets.names()]:
         raise ConfigError(f"{path}: has changes of yours", "keep a copy of it, then add --force")
-    presets.use(name, path)
-    if (path.parent / "dvc.yaml").is_file():
-        project.configure(path.parent, [])
+    with project.held(path.parent) if (path.parent / ".dvc").is_dir() else nullcontext():
+        presets.use(name, path)
+        if (path.parent / "dvc.yaml").is_file():
+            project.configure(path.parent, [])
     print(f"wrote {path}: {content.splitlines()[0].lstrip('# ')}")
 
 
@@ -124,33 +126,38 @@ def _params() -> Params:
 
 def _read_inputs(file: str | None, key: str) -> Iterator[str]:
     if not file:
-        yield from _inputs_of(sys.stdin, "stdin", key)
+        yield from _inputs_of(getattr(sys.stdin, "buffer", sys.stdin), "stdin", key)
         return
     with explained(file):
         if Path(file).is_dir():
             raise StorageError(f"--file {file}: is a folder", "name a file")
-        with open(file, encoding="utf-8") as lines:
+        with open(file, "rb") as lines:
             yield from _inputs_of(lines, file, key)
 
 
-def _inputs_of(lines: Iterable[str], name: str, key: str) -> Iterator[str]:
+def _inputs_of(lines: Iterable[bytes | str], name: str, key: str) -> Iterator[str]:
     """A text for each line that is not empty; a line that is a JSON object or JSON text is read as such."""
-    try:
-        for number, line in enumerate(lines, 1):
-            line = line.rstrip("\r\n")
-            if line.strip():
-                yield _input_of(line, f"{name}:{number}", key)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name}: not UTF-8 ({error.reason})", "save it as UTF-8") from None
+    for number, raw in enumerate(lines, 1):
+        try:
+            line = raw.decode() if isinstance(raw, bytes) else raw
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name}:{number}: not UTF-8 ({error.reason})", "save it as UTF-8") from None
+        line = line.removeprefix("\ufeff" if number == 1 else "").rstrip("\r\n")
+        if line.strip():
+            yield _input_of(line, f"{name}:{number}", key)
 
 
 def _input_of(line: str, where: str, key: str) -> str:
-    if line[0] not in '{"':
+    start = line.lstrip()[0]
+    if start not in '{"':
         return line
     try:
         value: Any = json.loads(line)
-    except ValueError:
-        return line
+    except ValueError as error:
+        if start == '"':  # a text may begin with a quotation
+            return line
+        hint = f'correct it, or write a text that begins with {{ as {{"{key}": "..."}}'
+        raise DataError(f"{where}: begins with {{ but is no JSON object: {error}", hint) from None
     if isinstance(value, dict):
         if not isinstance(value.get(key), str):
             raise DataError(f"{where}: the object has no text at key {key!r}; {nearest(key, value)}", "give --text KEY")

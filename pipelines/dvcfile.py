@@ -76,12 +76,43 @@ def source_paths(source: str) -> list[str]:
     return [name for name in found if Path(name).is_file()] or found
 
 
+def watched(key: str, uri: str) -> list[str]:
+    """The local path, if it is one, of a file or folder that a stage reads besides its inputs.
+
+    Raises:
+        DataError: nothing is there.
+    """
+    if not uri or storage.is_remote(uri):
+        return []
+    path = str(storage.local_path(uri))
+    if not Path(path).exists():
+        raise DataError(f"{key}: {uri}: no such file or folder", "correct the path in params.yaml")
+    return [path]
+
+
+def unwatched(params: Params) -> list[str]:
+    """URIs whose changes DVC does not see: remote ones, and a DVC repository without a revision."""
+    source = params.data.source
+    if source.startswith("dvc:"):
+        from trainer.data.sources import parse_dvc
+
+        found = [] if parse_dvc(source)[1] else [source]
+    else:
+        found = [source] if storage.is_remote(source) else []
+    return [*found, *(uri for uri in teachers(params) if storage.is_remote(uri))]
+
+
+def teachers(params: Params) -> tuple[str, ...]:
+    """URIs of the teachers that the stage distill reads besides the trained model."""
+    return params.distill.teachers if params.distill.enabled else ()
+
+
 def build(params: Params) -> dict[str, Any]:
     """The content of dvc.yaml.
 
     Raises:
         ConfigError: the built-in source has no such name.
-        DataError: the source is a local path at which nothing is.
+        DataError: the source, the tokenizer or a teacher is a local path at which nothing is.
     """
     stages: dict[str, Any] = {}
     source = params.data.source
@@ -98,9 +129,12 @@ def build(params: Params) -> dict[str, Any]:
         paths = [raw]
     else:
         paths = source_paths(source)
+    files = {
+        "preprocess": [*paths, *watched("data.tokenizer.path", params.data.tokenizer.path)],
+        "distill": [path for uri in teachers(params) for path in watched("distill.teachers", uri)],
+    }
     for stage in STAGES.values():
-        first = not stage.inputs
-        stages[stage.name] = _entry(stage, overrides if first else [], paths if first else [])
+        stages[stage.name] = _entry(stage, [] if stage.inputs else overrides, files.get(stage.name, []))
     return {"stages": stages, "metrics": [METRICS], "plots": plots()}
 
 
@@ -113,7 +147,7 @@ def _entry(stage: Stage, overrides: list[str], paths: list[str]) -> dict[str, An
     if stage.name == "promote":
         words.append("--allow-refusal")
     entry: dict[str, Any] = {"desc": stage.help, "cmd": shlex.join([*words, *overrides])}
-    deps = [*paths, *(out(port) for port in stage.inputs)]
+    deps = list(dict.fromkeys([*paths, *(out(port) for port in stage.inputs)]))
     if deps:
         entry["deps"] = deps
     entry["params"] = list(stage.sections)

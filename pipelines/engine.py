@@ -17,6 +17,7 @@ from types import FrameType
 from typing import IO, TYPE_CHECKING
 
 from pipelines.project import environment
+from trainer.errors import EXIT_BAD_INPUT
 
 if TYPE_CHECKING:
     import psutil
@@ -31,9 +32,11 @@ _EVENTS = {
     "restored": re.compile(r"^Stage '([^']+)' is cached - skipping run, checking out outputs"),
     "failed": re.compile(r"^ERROR: failed to reproduce '([^']+)'"),
 }
+_BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock")
 _EXITED = re.compile(r"exited with (-?\d+)\s*$")
 _NOISE = re.compile(
-    r"^(> python -m |Generating lock file|Updating lock file|Data and pipelines are up to date|"
+    r"^(> python -m |'[^']+\.dvc' didn't change, skipping|Verifying data sources in stage: |"
+    r"Generating lock file|Updating lock file|Data and pipelines are up to date|"
     r"Use `dvc push`|To track the changes|\s*git add |To enable auto staging|\s*dvc config core\.autostage|$)"
 )
 
@@ -56,12 +59,14 @@ class Repro:
         words: arguments of `dvc repro`.
         exit_code: after the run: 0, the failed stage's own exit status, or 128 + signal.
         errors: DVC's own error lines.
+        keep: descriptors that DVC holds open as long as it lives, and no stage does.
     """
 
     folder: Path
     words: list[str] = field(default_factory=list)
     exit_code: int = 0
     errors: list[str] = field(default_factory=list)
+    keep: tuple[int, ...] = ()
     _signal: int = 0
     _signalled: float = 0.0
     _process: subprocess.Popen[bytes] | None = None
@@ -70,6 +75,11 @@ class Repro:
     def interrupted(self) -> bool:
         """Whether a signal to this process ended the run."""
         return bool(self._signal)
+
+    @property
+    def busy(self) -> bool:
+        """Whether another DVC process was at work in the folder."""
+        return any(_BUSY.search(line) for line in self.errors)
 
     def run(self, on_event: Callable[[Event], None], tick_s: float = 0.0) -> int:
         """Run it and hand each event to `on_event`; with `tick_s`, a tick at least so often. Returns `exit_code`."""
@@ -85,6 +95,7 @@ class Repro:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=self.keep,
             )
             assert self._process.stdout is not None
             if self._signal:
@@ -97,6 +108,8 @@ class Repro:
         status = self._process.returncode
         if self._signal:
             self.exit_code = 128 + self._signal
+        elif self.busy:
+            self.exit_code = EXIT_BAD_INPUT
         elif status and not self.exit_code:
             self.exit_code = 1
         return self.exit_code

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import yaml
 
-from pipelines import project, screen
+from pipelines import dvcfile, lockfile, project, screen
 from pipelines.dvcfile import OUT, READS_REGISTRY
 from pipelines.engine import Event, Repro
 from trainer import storage
 from trainer.config import Params
-from trainer.config.load import parse_override, read_tree
-from trainer.errors import EXIT_CODES, EXIT_OK, EXIT_REFUSED, StorageError
+from trainer.config.load import load, parse_override, read_tree
+from trainer.errors import EXIT_CODES, EXIT_OK, EXIT_REFUSED, StorageError, redact
 from trainer.registry import Registry
 
 LOG = f"{OUT}/run.log"
@@ -35,23 +35,35 @@ def run(overrides: list[str], *, force: bool = False, only: list[str] | None = N
         DataError: the raw data is not there; nothing was written.
     """
     folder = Path()
-    started = time.monotonic()
     project.require(folder)
+    dvcfile.render(load(folder / project.PARAMS, overrides))  # what is wrong is said before a file is written
+    with project.held(folder) as lock:
+        return _run(folder, overrides, force, only or [], lock)
+
+
+def _run(folder: Path, overrides: list[str], force: bool, only: list[str], lock: int) -> int:
+    started = time.monotonic()
     overrides = [*overrides, *_model_of_new_source(folder, overrides)]
     params = project.configure(folder, overrides)
     project.prepare(folder)
     stages = list(yaml.safe_load((folder / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
-    words = list(only or [])
-    runs = [[*words, "--force"] if force else words]
+    runs = [[*only, "--force"] if force else only]
     if not force and not only and champion_moved(params):
         runs.append(["--force", "--single-item", *READS_REGISTRY])
     board = screen.Board(stages)
     paint = board.paint
-    print(f"{paint('millrace', 'bold')} {params.promote.model}  {paint(params.data.source, 'dim')}", flush=True)
+    print(f"{paint('millrace', 'bold')} {params.promote.model}  {paint(redact(params.data.source), 'dim')}", flush=True)
+    for uri in dvcfile.unwatched(params):
+        print(f"  not watched for changes: {redact(uri)}; `{screen.program()} run --force` reads it again", flush=True)
     code = EXIT_OK
-    for repro_words in runs:
-        code = code or _repro(folder, repro_words, board)
+    for words in runs:
+        code = code or _repro(Repro(folder, words, keep=(lock,)), board)
+    for stage in lockfile.drop_untrue(folder, params, board.ran):
+        print(f"warning: {project.PARAMS} was changed while {stage} ran with what it held before\n"
+              f"  fix: the next run makes {stage} again", file=sys.stderr)  # fmt: skip
     if code or only:
+        if not code and not board.ran:
+            print(f"  {paint('Up to date', 'bold', 'green')}: nothing has changed, no stage was run.")
         return code
     champion = _present_champion(params)
     for line in screen.last_screen(folder, paint, time.monotonic() - started, len(board.ran), champion=champion):
@@ -61,12 +73,11 @@ def run(overrides: list[str], *, force: bool = False, only: list[str] | None = N
     return EXIT_OK if promotion.get("decision") == "promoted" else EXIT_REFUSED
 
 
-def _repro(folder: Path, words: list[str], board: screen.Board) -> int:
+def _repro(repro: Repro, board: screen.Board) -> int:
     """One `dvc repro`, shown on the board and logged; returns its exit status after telling why it failed."""
     tail: collections.deque[str] = collections.deque(maxlen=_TAIL)
-    path = folder / LOG
+    path = repro.folder / LOG
     path.parent.mkdir(exist_ok=True)
-    repro = Repro(folder, words)
     failed: list[str] = []
     with storage.explained(path), open(path, "a", encoding="utf-8") as log:
 
@@ -77,6 +88,8 @@ def _repro(folder: Path, words: list[str], board: screen.Board) -> int:
             elif event.kind == "line":
                 tail.append(event.text)
                 board.line(event.stage, event.text)
+            elif event.kind == "failed" and repro.busy:
+                pass  # the stage did not begin
             elif event.kind == "failed":
                 failed.append(event.stage)
                 board.failed(event.stage, repro.exit_code)
@@ -85,7 +98,7 @@ def _repro(folder: Path, words: list[str], board: screen.Board) -> int:
                     event.kind
                 ](event.stage)
             if event.text:
-                log.write(event.text + "\n")
+                log.write(redact(event.text) + "\n")
 
         try:
             code = repro.run(on_event, tick_s=0.1 if board.live else 0.0)
@@ -108,8 +121,8 @@ def _explain(code: int, failed: list[str], tail: list[str], errors: list[str], r
     for line in tail:
         say(f"  {paint('|', 'dim')} {line}\n")
     for line in errors:
-        say(f"error: dvc: {line}\n")
-    if any("lock" in line for line in errors):
+        say(f"error: dvc: {redact(line)}\n")
+    if repro.busy:
         say("  fix: another `millrace run` or dvc command works in this folder; wait for it to end\n")
     if failed:
         meaning = EXIT_CODES.get(code, f"ended by signal {code - 128}" if code > 128 else "failed")

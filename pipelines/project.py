@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from io import StringIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +66,33 @@ def prepare(folder: Path) -> None:
             local.unlink()
     elif "no_scm" not in text:
         storage.write_atomic(local, (text + section).encode())
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[int]:
+    """Keep other commands that write params.yaml out of a project; the system lets go when the process dies.
+
+    Gives the descriptor that holds the lock, for a child process that is to hold it as well.
+
+    Raises:
+        MillraceError: another process works in the project; nothing was written.
+    """
+    path = folder / ".dvc" / "tmp" / "millrace.lock"
+    with storage.explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MillraceError(
+                "another `millrace run` works in this folder", "wait for it to end, or stop it"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def inside_git(folder: Path) -> bool:
@@ -142,7 +173,7 @@ def new(folder: Path, data: Path, text: str, label: str, preset: str, overrides:
 
     Raises:
         ConfigError: the folder is not empty, or an override is wrong.
-        DataError: there is no such data, or it has not these columns.
+        DataError: there is no such data, it has not these columns, or the stage preprocess could make nothing of it.
     """
     data = data.expanduser()
     if not data.exists():
@@ -150,11 +181,12 @@ def new(folder: Path, data: Path, text: str, label: str, preset: str, overrides:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: is there already and is not empty", "name a folder that does not exist yet")
     place = f"data/{data.name}"
-    values = [f"data.source={place}", f"data.text={text}", f"data.label={label}", f"promote.model={model_name(place)}"]
+    # As they are, not as YAML: a column may be called 1, null or true.
+    values = {"data.source": place, "data.text": text, "data.label": label, "promote.model": model_name(place)}
     content = presets.text(preset)
-    tree = apply_overrides(parse_yaml(content, preset), [*values, *overrides])
+    tree = apply_overrides(apply_overrides(parse_yaml(content, preset), values), overrides)
     params = validate(tree, f"preset {preset}")
-    _check_columns(data, params)
+    _check_data(data, params)
     existed = folder.is_dir()
     # Built aside, on the same file system: a failure leaves what was there before.
     aside = folder / ".millrace-new" if existed else folder.with_name(f".{folder.name}.millrace-new")
@@ -180,16 +212,30 @@ def model_name(source: str) -> str:
     return name or "default"
 
 
-def _check_columns(data: Path, params: Params) -> None:
-    """Raises DataError when a file of rows has not the columns that were named."""
+def _check_data(data: Path, params: Params) -> None:
+    """Raises a DataError or ConfigError for what the stage preprocess is sure to refuse, without reading all of it."""
     from trainer.data.chunks import check_columns
-    from trainer.data.sources import FORMATS, RawFile
+    from trainer.data.clean import make_cleaner
+    from trainer.data.sources import resolve
 
-    form = FORMATS.get(data.suffix.lower(), "") if params.data.format == "auto" else params.data.format
-    if data.is_file() and form:
-        keys = (params.data.text, params.data.label)
-        with storage.explained(data):
-            check_columns(RawFile(data, data.name, form), params.data.encoding, keys, params.task.name)
+    make_cleaner(params.data.clean)
+    with tempfile.TemporaryDirectory(prefix="millrace-") as work:
+        files = resolve(str(data), params.data.format, Path(work)).files
+    if params.task.name != "lm" and any(file.format == "text" for file in files):
+        raise DataError(
+            f"--data {data}: plain text has no labels", "add --preset code-lm, or give a CSV with a label column"
+        )
+    with storage.explained(data):
+        if all(file.format in ("csv", "tsv", "images") and not _has_rows(file.path, params) for file in files):
+            raise DataError(f"--data {data}: no rows below the header", "give it rows")
+        if data.is_file():
+            check_columns(files[0], params.data.encoding, (params.data.text, params.data.label), params.task.name)
+
+
+def _has_rows(path: Path, params: Params) -> bool:
+    """Whether a table has more than its header's line."""
+    with open(path, encoding=params.data.encoding, errors="replace") as lines:
+        return sum(1 for _ in islice(filter(str.strip, lines), 2)) > 1
 
 
 def _build(folder: Path, data: Path, place: str, content: str) -> None:

@@ -26,16 +26,43 @@ EXIT_CODES: dict[int, str] = {
 }
 
 
-# User and password in a URI. The keys of object stores may hold slashes, and their buckets never a colon.
-_PASSWORDS = re.compile(r"(?i)((?:s3a?|gs|gcs|minio|oci)://)[^\s@:]*:[^\s@]+@|(://)[^\s/@:]*:[^\s/@]+@")
-_SIGNATURES = re.compile(r"(?i)([?&][\w.-]*(?:signature|credential|token|secret|password|sig|key)=)[^&\s'\"]+")
+_TOKEN = re.compile(r"[^\s\"<>]*")
+_PORT = re.compile(r"\[.*\](:\d+)?|[^:\[]*:\d{1,5}")
+_BUCKETS = ("s3", "s3a", "gs", "gcs", "minio", "oci")
+# Their URIs name a container before the `@`.
+_AZURE = ("abfs", "abfss", "wasb", "wasbs", "az", "adl")
+_SECRETS = re.compile(
+    r"(?i)([?&][\w.-]*(?:signature|credential|token|sig|key)="
+    r"|(?<![\w.-])[\w.-]*(?:password|passwd|pwd|secret|(?:api|access|account)[_-]?(?:key|token))=)[^&\s'\"]+"
+)
 
 
 def redact(text: str) -> str:
-    """The text without the passwords, keys and signatures of the URIs in it."""
-    if "://" not in text:
-        return text
-    return _SIGNATURES.sub(r"\1***", _PASSWORDS.sub(lambda found: f"{found[1] or found[2]}***@", text))
+    """The text without the passwords, keys, tokens and signatures of the URIs and of the `name=value` words in it."""
+    before, *after = text.split("://")
+    parts = [before]
+    for part in after:
+        scheme = parts[-1].lower()
+        end = _end_of_credentials(re.split(r"[^a-z0-9+.-]", scheme)[-1], _TOKEN.match(part)[0])  # type: ignore[index]
+        parts.append(f"***@{part[end:]}" if end else part)
+    return _SECRETS.sub(r"\1***", "://".join(parts))
+
+
+def _end_of_credentials(scheme: str, token: str) -> int:
+    """Where the host begins in what follows `://`; 0 if nobody's name, password or token stands before it.
+
+    A password may hold slashes and `@`, which no parser takes but people write: in doubt more is blanked than is secret.
+    """
+    authority = re.split(r"[/?#]", token, maxsplit=1)[0]
+    last, at = token.rfind("@"), authority.rfind("@")
+    if at < 0:
+        # `user:pa/ss@host` is a password, `host:80/path@v2` and `host/path@v2` are none; a bucket has no port.
+        is_host = ":" not in authority or (_PORT.fullmatch(authority) and scheme not in _BUCKETS)
+        return 0 if is_host else last + 1
+    if ":" not in authority[:at]:
+        return 0 if scheme in _AZURE else at + 1
+    host = authority[at + 1 :]
+    return at + 1 if "." in host or host.startswith(("localhost", "[")) else last + 1
 
 
 class MillraceError(ValueError):

@@ -14,7 +14,7 @@ import socket
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -114,13 +114,17 @@ class LocalStore:
 
     @contextmanager
     def lock(self, path: str) -> Iterator[None]:
-        """An advisory lock of the kernel: gone with the process that held it, however it ended."""
+        """An advisory lock of the kernel: gone with the process that held it, however it ended.
+
+        Where the file system has no locks it is none, and what is exclusive is what `create` writes.
+        """
         target = self.root / path
         with storage.explained(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
             os.close(descriptor)

@@ -64,7 +64,8 @@ def test_wrong_words_name_the_fix(case: str, capsys: pytest.CaptureFixture[str])
 
 BAD_OVERRIDES = ["train.lr=fast", "train.lr=-1", "train.lr=nan", "tran.lr=1", "train.learning_rate=1", "lr=1", "train=1",
                  "model.name=gpt", "data.split.val=0.95", "data.source=", "data.source=nowhere.csv",
-                 "data.source=builtin:stdlib", "tune.space.train.nothing.low=1", "distill.student.name=decoder"]  # fmt: skip
+                 "data.source=builtin:stdlib", "data.tokenizer.path=nowhere.json", "distill.teachers=[nowhere]",
+                 "tune.space.train.nothing.low=1", "distill.student.name=decoder"]  # fmt: skip
 
 
 @pytest.mark.parametrize("word", BAD_OVERRIDES)
@@ -111,6 +112,15 @@ def _exit(words: list[str]) -> int:
 def test_stage_passes_its_words_through(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stage", "train", "--print-config", "train.lr=0.125"]) == 0
     assert "lr: 0.125" in capsys.readouterr().out
+
+
+def test_new_asks_only_for_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    err = refused(["new"], capsys)
+    assert "required: DIR, --data\n" in err
+
+
+def test_wrong_words_are_told_without_their_passwords(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "hunter2" not in refused(["run", "--from=https://me:hunter2@host/x"], capsys)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,9 +243,20 @@ def test_predict_takes_texts(echo: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_predict_reads_lines_and_json_from_a_file(echo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (echo / "in.txt").write_text('one\n\n{"text": "two\\nlines", "n": 1}\n"three"\n{"broken\n', encoding="utf-8")
+    (echo / "in.txt").write_text(
+        'one\n\n{"text": "two\\nlines", "n": 1}\n  "three"\n"four" he said\n', encoding="utf-8"
+    )
     assert main(["predict", "--model", "model", "--file", "in.txt"]) == 0
-    assert labels(capsys) == ["one", "two\nlines", "three", '{"broken']
+    assert labels(capsys) == ["one", "two\nlines", "three", '"four" he said']
+
+
+def test_predict_reads_json_after_a_byte_order_mark_and_spaces(echo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (echo / "in.txt").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n \t{"text": "two"}\n  three\n')
+    assert main(["predict", "--model", "model", "--file", "in.txt"]) == 0
+    assert labels(capsys) == ["one", "two", "  three"]
+    (echo / "plain.txt").write_bytes(b"\xef\xbb\xbfone\n")
+    assert main(["predict", "--model", "model", "--file", "plain.txt"]) == 0
+    assert labels(capsys) == ["one"]
 
 
 def test_predict_reads_stdin_in_batches(
@@ -249,7 +270,9 @@ def test_predict_reads_stdin_in_batches(
 
 BAD_INPUTS = {
     "empty": (b"", "no input"),
-    "not UTF-8": (b"caf\xe9\n", "not UTF-8"),
+    "not UTF-8": (b"one\n\ncaf\xe9\n", "in.txt:3: not UTF-8"),
+    "not UTF-8 far behind": (b"x" * 100_000 + b"\n\xff\n", "in.txt:2: not UTF-8"),
+    "damaged object": (b'{"text": "x"}\n {"text": "y"\n', "in.txt:2: begins with { but is no JSON object"),
     "object without the key": (b'one\n{"body": "x"}\n', "in.txt:2"),
     "object with a number": (b'{"text": 3}\n', "in.txt:1"),
 }

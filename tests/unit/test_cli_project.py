@@ -1,5 +1,8 @@
 """Projects: params.yaml edited with its comments kept, dvc.yaml made from it, `millrace new`."""
 
+import errno
+import fcntl
+import os
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,51 @@ def test_registry_readers_stay_out_of_the_run_cache_and_only_promote_may_be_refu
     persisted = {name for name in STAGES if any(isinstance(out, dict) for out in stages[name]["outs"])}
     assert persisted == {"evaluate", "promote"}
     assert [name for name in stages if "--allow-refusal" in stages[name]["cmd"]] == ["promote"]
+
+
+def test_files_that_a_stage_reads_besides_its_inputs_are_dependencies(in_folder: Path) -> None:
+    (in_folder / "my tokenizer.json").touch()
+    (in_folder / "old").mkdir()
+    words = ["data.tokenizer.path=my tokenizer.json", "distill.teachers=[old, s3://bucket/model, out/model]"]
+    (in_folder / "out" / "model").mkdir(parents=True)
+    stages = dvcfile.build(load(None, words))["stages"]
+    assert stages["preprocess"]["deps"] == ["data/raw/stdlib-functions.jsonl", "my tokenizer.json"]
+    assert stages["distill"]["deps"] == ["old", "out/model", "out/dataset"]
+    stages = dvcfile.build(load(None, [*words, "distill.enabled=false"]))["stages"]
+    assert stages["distill"]["deps"] == ["out/dataset", "out/model"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["data.source=s3://bucket/rows.csv"], ["s3://bucket/rows.csv"]),
+        (["data.source=dvc:https://host/repo@v1:rows.csv"], []),
+        (["data.source=dvc:https://host/repo:rows.csv"], ["dvc:https://host/repo:rows.csv"]),
+        (["distill.teachers=[s3://bucket/model, old]"], ["s3://bucket/model"]),
+        ([], []),
+    ],
+)
+def test_what_dvc_cannot_watch_is_known(words: list[str], expected: list[str]) -> None:
+    assert dvcfile.unwatched(load(None, words)) == expected
+
+
+def test_a_second_run_changes_nothing(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with project.held(in_folder):
+        before = {path: path.read_bytes() for path in in_folder.rglob("*") if path.is_file()}
+        for words in (["run", "train.lr=0.5"], ["preset", "use", "digits"]):
+            assert main(words) == 2
+            assert "another `millrace run` works in this folder\n  fix: " in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in in_folder.rglob("*") if path.is_file()} == before
+    assert main(["preset", "use", "digits"]) == 0
+
+
+def test_without_locks_a_run_goes_on(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*words: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with project.held(in_folder) as descriptor:
+        assert not os.get_inheritable(descriptor)
 
 
 @pytest.mark.parametrize("source", ["s3://bucket/rows.csv", "dvc:https://host/repo@v1:data/rows.csv"])
@@ -208,6 +256,42 @@ def test_new_names_the_nearest_column(
     assert main(["new", "there", "--data", name]) == 2
     assert "did you mean 'lable'" in capsys.readouterr().err
     assert not (in_folder / "there").exists()
+
+
+@pytest.mark.parametrize(("text", "label"), [("null", "1"), ("true", "2020"), ("[a]", "'b'"), ("1e3", "~")])
+def test_new_takes_column_names_as_they_are(text: str, label: str, in_folder: Path) -> None:
+    (in_folder / "rows.csv").write_text(f"{text},{label}\nhello,1\n", encoding="utf-8")
+    assert main(["new", "there", "--data", "rows.csv", "--text", text, "--label", label]) == 0
+    params = load(in_folder / "there" / "params.yaml")
+    assert (params.data.text, params.data.label) == (text, label)
+
+
+HOPELESS = {
+    "empty file": ("rows.csv", "", [], "rows.csv: the file is empty"),
+    "only a header": ("rows.csv", "text,label\n\n", [], "no rows below the header"),
+    "no rows": ("rows.json", "[]", [], "row 1"),
+    "unknown type": ("rows.xyz", "text,label\nhello,1\n", [], "the format of rows.xyz cannot be told"),
+    "plain text": ("rows.txt", "hello\n", [], "plain text has no labels"),
+    "plain text in a folder": ("rows/a.txt", "hello\n", [], "plain text has no labels"),
+    "nothing readable": ("rows/a.xyz", "hello\n", [], "no file of a known format"),
+    "language": ("rows.csv", "text,label\nhello,1\n", ["data.clean.language=xx"], "'xx' is not known"),
+}
+
+
+@pytest.mark.parametrize("case", HOPELESS)
+def test_new_refuses_what_can_never_work(case: str, in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, content, words, expected = HOPELESS[case]
+    (in_folder / name).parent.mkdir(exist_ok=True)
+    (in_folder / name).write_text(content, encoding="utf-8")
+    before = sorted(in_folder.rglob("*"))
+    assert main(["new", "there", "--data", name.split("/")[0], *words]) == 2
+    assert expected in capsys.readouterr().err
+    assert sorted(in_folder.rglob("*")) == before
+
+
+def test_new_takes_plain_text_for_a_language_model(in_folder: Path) -> None:
+    (in_folder / "pages.txt").write_text("hello\n", encoding="utf-8")
+    assert main(["new", "there", "--data", "pages.txt", "--preset", "code-lm"]) == 0
 
 
 @pytest.mark.parametrize("word", ["train.lr=fast", "nothing.here=1"])

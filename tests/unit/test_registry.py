@@ -1,5 +1,7 @@
 """The registry, on a local folder and on S3 (a moto server): versions, champion, compare-and-swap, rollback."""
 
+import errno
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -423,3 +425,14 @@ def test_a_version_from_before_there_were_judgements_is_read(tmp_path):
     path.write_bytes(_sealed(body | {"decision": "refused", "reason": "r"}))
     registry.promote("m", "v0001", "", "r")
     assert registry.list_versions("m")[0]["decision"] == "promoted"
+
+
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
+    def refuse(*words):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    registry = Registry(tmp_path / "registry")
+    enter(registry, tmp_path, "one")
+    registry.promote("m", "v0001", "", "first")
+    assert registry.champion("m").version == "v0001"

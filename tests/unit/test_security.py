@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from trainer.errors import redact
+
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path for package in ("trainer", "pipelines", "components") for path in (ROOT / package).rglob("*.py"))
 BUILTINS = {"eval", "exec", "compile", "__import__"}
@@ -119,3 +121,39 @@ def test_nothing_phones_home():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=environment, cwd=ROOT
     )
     assert done.stdout.split() == ["1", "0"]
+
+
+BLANKED = {
+    "https://ghp_TOKEN@github.com/x": "https://***@github.com/x",
+    "dvc:https://ghp_TOKEN@host/x@v1:rows.csv": "dvc:https://***@host/x@v1:rows.csv",
+    "https://user:pa/ss@host": "https://***@host",
+    "https://user:pa?s/s#@host/x": "https://***@host/x",
+    "https://user:p@ss@github.com/x@v2": "https://***@github.com/x@v2",
+    "https://user:p@s/s@host/x": "https://***@host/x",
+    "https://user:pass@[::1]:80/x@v2": "https://***@[::1]:80/x@v2",
+    "https://host/x,https://user:pass@host/x": "https://host/x,https://***@host/x",
+    "s3://AKIA:12/3@bucket/x": "s3://***@bucket/x",
+    "abfs://box:pass@account/x": "abfs://***@account/x",
+    '{"a": "https://u:pass@host", "b": "me@here"}': '{"a": "https://***@host", "b": "me@here"}',
+    "Server=x;PWD=pass word": "Server=x;PWD=*** word",
+    "passwd=a&b=1": "passwd=***&b=1",
+    "https://host/x?api_key=k&token=t": "https://host/x?api_key=***&token=***",
+    "--api-key=k": "--api-key=***",
+    "AWS_SECRET_ACCESS_KEY=a/b+c": "AWS_SECRET_ACCESS_KEY=***",
+}
+
+
+@pytest.mark.parametrize("text", BLANKED)
+def test_no_secret_is_printed(text):
+    assert redact(text) == BLANKED[text]
+    assert redact(BLANKED[text]) == BLANKED[text]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["https://host/path@v2", "https://host:80/path@v2", "https://host:80?a@b", "http://[::1]:80/path@v2", "s3://bucket/a:b@c",
+     "dvc:https://host/repo@v1:rows.csv", "file:///a/b@c:d", "abfs://box@account.dfs/x", "git@host:a/b", "me@here",
+     "section.key=value", "tokens=12", "pwd", "see https://host:x and me@here"],
+)  # fmt: skip
+def test_what_is_no_secret_is_printed(text):
+    assert redact(text) == text
