@@ -3,10 +3,10 @@ VENV ?= .venv
 JOBS ?= 2
 ARGS ?=
 
-# The first Python that is new enough; `make PYTHON=/path/to/python run` chooses another.
+# The first Python from 3.11 to 3.13; `make PYTHON=/path/to/python run` chooses another.
 ifndef PYTHON
-PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 endif
 BIN := $(VENV)/bin
 
@@ -62,7 +62,7 @@ setup: $(DEV) ## only set up the environment
 
 # $(1): the lock to install.
 define install
-	@$(if $(PYTHON),,echo "error: Python 3.11 or newer is needed" >&2; \
+	@$(if $(PYTHON),,echo "error: Python 3.11, 3.12 or 3.13 is needed" >&2; \
 	echo "  fix: install one, or name it: make PYTHON=/path/to/python3.12 run" >&2; exit 2)
 	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); } || { rm -rf $(VENV); \
 	echo "error: $(PYTHON) cannot make a virtual environment" >&2; \

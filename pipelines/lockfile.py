@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -84,3 +85,5 @@ def _forget(runs: Path, entry: Any) -> None:
         with storage.explained(path):
             if YAML(typ="safe").load(path.read_text(encoding="utf-8")) == entry:
                 path.unlink()
+                with suppress(OSError):
+                    path.parent.rmdir()  # DVC takes it for granted that something is in such a folder

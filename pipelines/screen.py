@@ -118,8 +118,8 @@ class Board:
         self.unchanged.append(stage)
 
     def failed(self, stage: str, code: int) -> None:
-        """The running stage failed."""
-        took = seconds(time.monotonic() - self._started)
+        """The running stage failed, or one that DVC could not even start."""
+        took = seconds(time.monotonic() - self._started) if self.ran[-1:] == [stage] else ""
         self._line(self.paint("✗", "red"), stage, took, f"exit code {code}")
 
     def end(self) -> None:

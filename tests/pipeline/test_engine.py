@@ -11,8 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines import project
+from pipelines import local, project
 from pipelines.engine import Event, Repro
+from pipelines.screen import Board
 
 pytestmark = pytest.mark.pipeline
 
@@ -73,6 +74,39 @@ def test_a_broken_dvc_yaml_is_an_error_with_dvcs_words(tmp_path: Path) -> None:
     run, events = repro(tmp_path)
     assert run.exit_code == 1
     assert "dvc.yaml" in " ".join([*run.errors, *(event.text for event in events)])
+
+
+def test_a_busy_folder_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    """Another DVC works here: no stage of ours failed, and no bug is spoken of."""
+    make(tmp_path, one="touch started; sleep 60; echo 1 > one.txt")
+    other = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro"], cwd=tmp_path, env=project.environment(), start_new_session=True,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        end = time.monotonic() + 60
+        while not (tmp_path / "started").exists():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert local._repro(Repro(tmp_path), Board(["one"])) == 2
+    finally:
+        os.killpg(other.pid, signal.SIGKILL)
+        other.wait()
+    shown = "".join(capfd.readouterr())
+    assert "another `millrace run` or dvc command works in this folder" in shown
+    assert "exit code" not in shown
+    assert "a bug" not in shown
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looks at descriptors in /proc")
+def test_dvc_holds_the_projects_lock_and_a_stage_does_not(tmp_path: Path) -> None:
+    make(tmp_path, one="ls -l /proc/$$/fd > one.txt; ls -l /proc/$PPID/fd > dvc")
+    with project.held(tmp_path) as lock:
+        assert Repro(tmp_path, keep=(lock,)).run(lambda event: None) == 0
+    assert "millrace.lock" not in (tmp_path / "one.txt").read_text()
+    assert "millrace.lock" in (tmp_path / "dvc").read_text()
+    with project.held(tmp_path):
+        pass
 
 
 def test_the_last_line_without_a_line_break_is_not_lost(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Every command that the README and the pages of docs/ show is run: here, or by the test that is named here."""
 
+import hashlib
 import re
 import subprocess
 from pathlib import Path
@@ -41,6 +42,8 @@ def test_the_tests_named_above_exist() -> None:
 
 
 def test_the_other_commands_run_as_they_are_shown(project: Path) -> None:
+    rows = [f"{' '.join(hashlib.md5(bytes([i])).hexdigest())},{i % 2}" for i in range(60)]
+    (project / "my.csv").write_text("\n".join(["body,topic", *rows]), encoding="utf-8")
     (project / "texts.txt").write_text("def get(self): pass\nimport sys\n", encoding="utf-8")
     commands = [line for line in shown() if not any(line.startswith(start) for start in ELSEWHERE)]
     assert len(commands) >= 8

@@ -174,3 +174,10 @@ def test_a_summary_never_fails_over_what_is_not_there(stage: str, tmp_path: Path
         for file in ("manifest.json", "best.json", "metrics.json", "promotion.json"):
             (tmp_path / name / file).write_text('{"meta": {"rows": 3}, "record": null}', encoding="utf-8")
     assert isinstance(screen.stage_summary(stage, tmp_path), str)
+
+
+def test_a_stage_that_never_began_took_no_time() -> None:
+    stream = io.StringIO()
+    board = screen.Board(["raw", "train"], stream)
+    board.failed("train", 1)
+    assert stream.getvalue().split() == ["✗", "train", "exit", "code", "1"]

@@ -39,13 +39,15 @@ def test_commands_were_found() -> None:
 
 
 def untagged_commands(text: str) -> list[str]:
-    """Lines of code blocks without a tag that are commands."""
+    """Lines of code blocks without a tag, and of indented ones, that are commands."""
     found, tag = [], None
     for line in text.splitlines():
         if line.startswith("```"):
             tag = line[3:].strip() if tag is None else None
         elif tag == "" and re.match(r"(\$ )?(millrace|make|dvc|python3?) ", line):
             found.append(line)
+        elif tag is None and re.match(r"(    |\t)\s*(\$ )?(millrace|make|dvc|python3?) ", line):
+            found.append(line.strip())
     return found
 
 
@@ -55,8 +57,10 @@ def test_blocks_of_commands_are_tagged(page: Path) -> None:
 
 
 def test_an_untagged_block_of_commands_is_found() -> None:
-    text = "```sh\nmillrace run\n```\ntext\n```\nMakefile  targets\ndvc repro\n$ make run\n```\nmake up\n"
-    assert untagged_commands(text) == ["dvc repro", "$ make run"]
+    text = (
+        "```sh\nmillrace run\n```\ntext\n```\nMakefile  targets\ndvc repro\n$ make run\n```\nmake up\n\n    make run\n"
+    )
+    assert untagged_commands(text) == ["dvc repro", "$ make run", "make run"]
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
@@ -147,3 +151,11 @@ def test_licence_is_apache_2() -> None:
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in text
     assert "END OF TERMS AND CONDITIONS" in text
+
+
+def test_makefile_takes_the_pythons_that_the_readme_names() -> None:
+    first, last = re.findall(r"Python 3\.(\d+) to 3\.(\d+)", (ROOT / "README.md").read_text(encoding="utf-8"))[0]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    tried = {int(minor) for minor in re.findall(r"python3\.(\d+)(?=[ ;])", makefile.split("endif")[0])}
+    assert tried == set(range(int(first), int(last) + 1))
+    assert f"not (3, {first}) <= sys.version_info < (3, {int(last) + 1})" in makefile
