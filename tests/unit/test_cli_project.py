@@ -320,3 +320,14 @@ def test_dvc_errors_come_as_ours(in_folder: Path) -> None:
     project.prepare(in_folder)
     with pytest.raises(MillraceError, match="dvc add"):
         project.dvc(in_folder, "add", "nowhere.csv")
+
+
+def test_a_remote_source_is_said_not_to_be_watched_without_its_password(
+    in_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = "http://me:hunter/2@localhost:9/rows.csv"
+    assert main(["run", f"data.source={source}", "--until", "preprocess"]) == 2
+    out, err = capfd.readouterr()
+    assert "not watched for changes: http://***@localhost:9/rows.csv; " in out
+    assert "run --force` reads it again" in out
+    assert "hunter" not in out + err + (in_folder / local.LOG).read_text(encoding="utf-8")
