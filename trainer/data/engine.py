@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # Below this many bytes of raw data starting worker processes costs more than they save.
 SMALL_BYTES = 32 << 20
 # The same for kernels that only sort and copy, which run on threads of this process.
-LIGHT_BYTES = 256 << 20
+LIGHT_BYTES = 1 << 30
 
 
 # What a worker may report; exceptions themselves do not pass between processes unchanged.
