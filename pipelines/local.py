@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import sys
 import time
 from pathlib import Path
@@ -168,4 +169,4 @@ def _model_of_new_source(folder: Path, overrides: list[str]) -> list[str]:
     before = (read_tree(folder / project.PARAMS).get("data") or {}).get("source")
     if not source or source == before or "promote.model" in values:
         return []
-    return [f"promote.model={project.model_name(source)}"]
+    return [f"promote.model={json.dumps(project.model_name(source))}"]  # quoted: the name may be 2024 or null

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -208,8 +209,12 @@ def new(folder: Path, data: Path, text: str, label: str, preset: str, overrides:
 def model_name(source: str) -> str:
     """The name in the registry of a model of this data, made from the data's own name."""
     stem = Path(source.rstrip("/")).stem.removeprefix("builtin:").lower()
-    name = re.sub(r"[^a-z0-9]+", "-", stem).strip("-")[:63].strip("-")
-    return name or "default"
+    name = re.sub(r"[^a-z0-9]+", "-", stem).strip("-")[:50].strip("-")
+    if name and not any(char.isalnum() and not char.isascii() for char in stem):
+        return name
+    # Names in other scripts would all become the same one, and share a registry entry.
+    known_by = stem if any(map(str.isalnum, stem)) else source
+    return f"{name or 'data'}-{hashlib.sha256(known_by.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
 def _check_data(data: Path, params: Params) -> None:
