@@ -127,7 +127,7 @@ class Predictor:
             seed: language models: seed of the sampling.
 
         Returns:
-            {"label", "score", "scores": {label: probability}}, or {"text", "completion"} of a language model.
+            {"label", "score", "scores": {label: probability, the best first}}, or {"text", "completion"} of a language model.
         """
         if self.spec.task == "lm":
             options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
@@ -138,7 +138,7 @@ class Predictor:
             arrays = load_pictures(part, self.spec) if self.spec.task == "image" else self.encode(part)
             for row in softmax(self.logits(arrays)):
                 best = int(row.argmax())
-                scores = {label: round(float(share), 6) for label, share in zip(self.labels, row, strict=True)}
+                scores = {self.labels[index]: round(float(row[index]), 6) for index in np.argsort(-row, kind="stable")}
                 answers.append({"label": self.labels[best], "score": round(float(row[best]), 6), "scores": scores})
         return answers
 

@@ -45,7 +45,7 @@ def held(name: str, fingerprint: str, output: str, place: str = "") -> Iterator[
         StorageError: another process runs the same stage on the same inputs with the same parameters.
     """
     root = storage.local_path(place) if place else _beside(output)
-    folder = root / f"{name}-{fingerprint}"
+    folder, was_there = root / f"{name}-{fingerprint}", root.exists()
     with storage.explained(folder):
         descriptor = _wait_for_lock(folder, PATIENCE_S)
     if descriptor is None:
@@ -61,7 +61,7 @@ def held(name: str, fingerprint: str, output: str, place: str = "") -> Iterator[
         if _is(descriptor, folder) and list(folder.iterdir()) == [folder / _LOCK]:
             _discard(folder)
         os.close(descriptor)
-        if not place:
+        if not (place and was_there):
             with suppress(OSError):
                 root.rmdir()  # if nothing else is in it
 

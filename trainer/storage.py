@@ -216,5 +216,5 @@ def remove(path: Path) -> None:
     """Delete a local file or folder if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    else:
+    elif path.exists() or path.is_symlink():  # a read-only file system refuses to remove what is not there
         path.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Publishing under kill -9, full and read-only disks, and two publishers at once: the old artifact, nothing or the new one."""
 
+import errno
 import os
 import random
 import signal
@@ -10,10 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.toy import make
+from trainer import models, storage
 from trainer.artifacts import manifest
+from trainer.artifacts.dataset import Spec
 from trainer.artifacts.publish import building
+from trainer.config.load import validate
 from trainer.errors import ArtifactError, StorageError
 
 pytestmark = pytest.mark.fault
@@ -137,7 +142,7 @@ def mounted(folder, options):
     try:
         yield folder
     finally:
-        subprocess.run(["umount", str(folder)], check=True, timeout=30)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=30)
 
 
 def toy(todo, source, out, *words):
@@ -155,6 +160,19 @@ def assert_refused(done, *words):
     assert "fix:" in done.stderr
     for word in words:
         assert word in done.stderr
+
+
+@needs_mounts
+def test_weights_that_find_no_room_are_explained_like_any_file(tmp_path):
+    model, spec = torch.nn.Linear(1024, 1024), Spec("classify", 300, 2, 16)
+    config = validate({"model": {"name": "ngram"}}).model
+    with mounted(tmp_path / "disk", "size=1m") as disk:
+        with pytest.raises(OSError, match="No space left on device") as error:
+            models.save(disk / "model", model, config, spec, ["a", "b"], None, {})
+        assert error.value.errno == errno.ENOSPC
+        assert "model.safetensors" in str(error.value)
+    with mounted(tmp_path / "disk", "size=1m,ro") as disk:
+        storage.remove(disk / "never-there")
 
 
 @needs_mounts

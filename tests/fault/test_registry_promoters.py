@@ -200,4 +200,4 @@ def test_a_full_disk_leaves_the_registry_as_it_was(tmp_path, held_out):
         with pytest.raises(ArtifactError):
             registry.version("m", "v0002")
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)

@@ -62,7 +62,8 @@ def test_answers_are_probabilities_of_the_known_labels(folders):
     answers = predictor.predict(TEXTS)
     assert len(answers) == len(TEXTS)
     for answer in answers:
-        assert list(answer["scores"]) == predictor.labels
+        assert sorted(answer["scores"]) == sorted(predictor.labels)
+        assert list(answer["scores"].values()) == sorted(answer["scores"].values(), reverse=True)
         assert sum(answer["scores"].values()) == pytest.approx(1.0, abs=1e-4)
         assert answer["scores"][answer["label"]] == max(answer["scores"].values()) == answer["score"]
     assert answers[0]["label"] == "label-0"

@@ -89,3 +89,17 @@ def test_every_grid_value_is_in_the_distribution(low, count, step, kind):
 
 def test_defaults_make_a_space():
     assert set(space.distributions(Params().tune)) == {"train.lr"}
+
+
+def test_what_is_configured_outside_of_the_space_is_named():
+    dimensions = tune(
+        lr={"low": 0.02, "high": 0.05},
+        clip={"low": 0.0, "high": 1.0},
+        optimizer={"type": "categorical", "choices": ("adam", "sgd")},
+    )
+    tree = {"train": {"lr": 0.01, "clip": 0.5, "optimizer": "muon"}}
+    assert space.outside(dimensions, tree) == [
+        "train.lr=0.01 (the search: 0.02 to 0.05)",
+        "train.optimizer=muon (the search: adam, sgd)",
+    ]
+    assert space.outside(dimensions, {"train": {"lr": 0.03, "clip": 0.5, "optimizer": "sgd"}}) == []

@@ -31,6 +31,8 @@ PARTITION_BYTES = 16 << 20
 # Text to train the tokenizer on, per token of the vocabulary: more changes few merges and takes its time.
 TOKENIZER_BYTES = 512
 _MALFORMED = "malformed:"
+# Malformed rows that are named one by one; the others are counted.
+_SHOWN_BAD = 5
 
 
 def run(call: Call) -> Result:
@@ -144,6 +146,8 @@ def _ingest(runner: _Runner, plan: list[chunks.Chunk], names: list[str], params:
         name, bad = names[chunk["file"]], result["bad"]
         rows_of[chunk["file"]] += result["read"]
         undecodable[chunk["file"]] += result["dropped"].get(f"{_MALFORMED}encoding", 0)
+        for line, message in bad[: max(_SHOWN_BAD - num_bad, 0)]:
+            log.say(f"preprocess: {name}: line {line}: {message}")
         if bad and not first:
             first = f"{name}: line {bad[0][0]}: {bad[0][1]}"
         before, num_bad = num_bad, sum(number for reason, number in dropped.items() if reason.startswith(_MALFORMED))

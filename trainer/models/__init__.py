@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,6 +81,7 @@ def save(
         tokenizer: the tokenizer.json to copy; None for pictures.
         metrics: scalar figures of the model, such as val_accuracy.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +98,15 @@ def save(
     }
     storage.write_json(folder / CONFIG, content)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, str(folder / WEIGHTS), metadata={"format": "pt"})
+    try:
+        save_file(weights, str(folder / WEIGHTS), metadata={"format": "pt"})
+    except SafetensorError as error:
+        # It keeps the system's error number in its text alone: "I/O error: No space left on device (os error 28)".
+        found = re.search(r"os error (\d+)", str(error))
+        if not found:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(folder / WEIGHTS)) from error
     # safetensors makes its file for this user alone; pods that share a volume may run as others.
     (folder / WEIGHTS).chmod(0o644)
     if tokenizer is not None and tokenizer.is_file():

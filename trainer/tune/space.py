@@ -83,6 +83,22 @@ def grid(tune: Tune) -> list[Values]:
     return [dict(zip(tune.space, point, strict=True)) for point in itertools.product(*axes)]
 
 
+def outside(tune: Tune, tree: Mapping[str, Any]) -> list[str]:
+    """What the search will not try though it is configured: `train.lr=0.01 (the search: 0.02 to 0.05)`, by dimension."""
+    found = []
+    for key, dimension in tune.space.items():
+        if configured(tune.model_copy(update={"space": {key: dimension}}), tree) is None:
+            node: Any = tree
+            for part in key.split("."):
+                node = node.get(part) if isinstance(node, Mapping) else None
+            if dimension.type == "categorical":
+                allowed = ", ".join(map(str, dimension.choices))
+            else:
+                allowed = f"{dimension.low:g} to {dimension.high:g}"
+            found.append(f"{key}={node} (the search: {allowed})")
+    return found
+
+
 def configured(tune: Tune, tree: Mapping[str, Any]) -> Values | None:
     """The point that the configuration itself stands for; None if one of its values lies outside of the space.
 

@@ -43,7 +43,10 @@ def run(call: Call) -> Result:
     from trainer.train.preempt import Preemption
 
     dataset = Dataset(call.inputs["dataset"])
-    first = space.configured(tune, params.model_dump(mode="json"))
+    tree = params.model_dump(mode="json")
+    first = space.configured(tune, tree)
+    for each in space.outside(tune, tree):
+        say(f"tune: {each}: not tried, and train takes what is found; set tune.enabled=false to train with it")
     whole_epochs = not (params.train.eval_every or params.train.max_steps or tune.max_steps)
     evaluations = (tune.epochs or params.train.epochs) if whole_epochs else 0
     with Preemption() as preemption:
