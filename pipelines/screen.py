@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +21,11 @@ _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", 
 _PROGRESS = re.compile(r"^(?P<what>.*?)\s*(?P<done>\d+)/(?P<total>\d+)\b\s*(?P<note>.*)$")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _NAMES = 12
+# Reasons for which preprocess drops rows, as they are grouped in its line; in fewer groups where it is narrow.
+_KINDS = (
+    {"malformed": "malformed", "duplicate": "duplicates", "near_duplicate": "near duplicates"},
+    {"malformed": "malformed", "duplicate": "duplicates", "near_duplicate": "duplicates"},
+)
 
 
 def is_live(stream: TextIO) -> bool:
@@ -89,7 +95,7 @@ class Board:
         if not text:
             return
         if not self.live:
-            self._print(f"{stage}: {text}" if stage else text)
+            self._print(text if not stage or text.startswith(f"{stage}: ") else f"{stage}: {text}")
             return
         found = _PROGRESS.match(text)
         if found and int(found["total"]):
@@ -106,12 +112,12 @@ class Board:
     def done(self, stage: str) -> None:
         """The running stage is complete."""
         took = seconds(time.monotonic() - self._started)
-        self._line(self.paint("✓", "green"), stage, took, stage_summary(stage))
+        self._line(self.paint("✓", "green"), stage, took, stage_summary(stage, room=self._room()))
 
     def restored(self, stage: str) -> None:
         """DVC had the stage's result of an earlier run with the same inputs."""
         self._flush_unchanged()
-        self._line(self.paint("✓", "green"), stage, "cached", stage_summary(stage))
+        self._line(self.paint("✓", "green"), stage, "cached", stage_summary(stage, room=self._room()))
 
     def skipped(self, stage: str) -> None:
         """Nothing changed for this stage."""
@@ -135,11 +141,14 @@ class Board:
             self.unchanged = []
 
     def _line(self, mark: str, stage: str, took: str, note: str) -> None:
-        width = max(shutil.get_terminal_size().columns, 40) - _NAMES - 17
-        if self.live and len(note) > width:
-            note = note[: width - 1] + "…"
+        if len(note) > self._room():
+            note = note[: self._room() - 1] + "…"
         line = f"  {mark} {stage:<{_NAMES}} {took:>8}  {self.paint(note, 'dim')}"
         self._write(f"\r\x1b[K{line.rstrip()}\n" if self.live else f"{line.rstrip()}\n")
+
+    def _room(self) -> int:
+        """Characters that fit beside a stage's name and time; in a pipe, all."""
+        return max(shutil.get_terminal_size().columns, 40) - _NAMES - 17 if self.live else sys.maxsize
 
     def _draw(self, stage: str) -> None:
         self._frame += 1
@@ -173,8 +182,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def stage_summary(stage: str, out: Path = Path(OUT)) -> str:
-    """A few words on what a stage made, from its artifact's manifest."""
+def stage_summary(stage: str, out: Path = Path(OUT), room: int = sys.maxsize) -> str:
+    """A few words on what a stage made, from its artifact's manifest; fewer where there is `room` for few characters."""
     ports = {"preprocess": "dataset", "tune": "tuning", "train": "model", "distill": "student", "quantize": "quantized",
              "evaluate": "evaluation", "promote": "promotion"}  # fmt: skip
     found = read_json(out / ports[stage] / "manifest.json") if stage in ports else {}
@@ -183,7 +192,7 @@ def stage_summary(stage: str, out: Path = Path(OUT)) -> str:
     meta, metrics = found.get("meta") or {}, (found.get("record") or {}).get("metrics") or {}
     try:
         if stage == "preprocess":
-            return _dataset_summary(meta)
+            return _dataset_summary(meta, room)
         if stage == "tune":
             best = read_json(out / "tuning" / "best.json")
             chosen = " ".join(f"{key}={_short(value)}" for key, value in (best.get("params") or {}).items())
@@ -201,11 +210,23 @@ def stage_summary(stage: str, out: Path = Path(OUT)) -> str:
     return "  ".join(_figure(name, metrics[name]) for name in wanted[:3])
 
 
-def _dataset_summary(meta: Mapping[str, Any]) -> str:
+def _dataset_summary(meta: Mapping[str, Any], room: int) -> str:
+    """Rows, why the others are not there, and labels: with as many words as fit into `room` characters."""
     rows = meta.get("rows") or {}
     text = f"{sum(rows.values()):,} rows of {int(meta.get('num_read', 0)):,}"
     labels = (meta.get("spec") or {}).get("num_labels")
-    return f"{text}, {labels} labels" if labels else text
+    tail = f", {labels} labels" if labels else ""
+    dropped = meta.get("dropped") or {}
+    forms = [text + found + end for kinds in _KINDS for found in [_dropped(dropped, kinds)] for end in (tail, "")]
+    return next((form for form in forms if len(form) <= room), forms[-1])
+
+
+def _dropped(dropped: Mapping[str, int], kinds: Mapping[str, str]) -> str:
+    counts: Counter[str] = Counter()
+    for reason, number in dropped.items():
+        counts[kinds.get(reason.partition(":")[0], "other")] += number
+    named = [f"{counts[kind]:,} {kind}" for kind in dict.fromkeys([*kinds.values(), "other"]) if counts[kind]]
+    return f" ({', '.join(named)})" if named else ""
 
 
 def _evaluation_summary(metrics: Mapping[str, Any]) -> str:
@@ -311,14 +332,23 @@ def last_screen(folder: Path, paint: Paint, took: float, ran: int, *, champion: 
     for path, what in (("quantized", "the model that is served"), ("model", "its teacher"),
                        ("evaluation/report.html", "the whole run on a page")):  # fmt: skip
         lines.append(f"    {paint(f'{OUT}/{path}', 'cyan'):<{37 if paint.on else 28}}  {what}")
-    name = program()
     task = (read_json(out / "dataset" / "manifest.json").get("meta") or {}).get("task", "classify")
-    ask = {"classify": '"some text"', "lm": '"def main("'}.get(str(task), "--file pictures.txt")
-    lines += ["", f"  {paint('Next', 'bold')}"]
-    lines += [
-        f"    {name} {words}" for words in (f"predict {ask}", "report --open", "registry ls", "run train.epochs=10")
-    ]
-    return lines
+    return [*lines, "", f"  {paint('Next', 'bold')}", *_next(promotion, str(task))]
+
+
+def _next(promotion: Mapping[str, Any], task: str) -> list[str]:
+    """Commands that help after this decision."""
+    ask = {"classify": '"some text"', "lm": '"def main("'}.get(task, "--file pictures.txt")
+    named = f"{promotion.get('model')} {promotion.get('version')}"
+    steps = [(f"predict {ask}", ""), ("report --open", ""), ("registry ls", ""), ("run train.epochs=12", "")]
+    if promotion.get("decision") != "promoted":
+        steps = [
+            ("report --open", "where it errs"),
+            ("run tune.trials=20", "a wider search"),
+            (f"registry promote {named}", "take it anyway"),
+        ]
+    name = program()
+    return [f"    {name} {words:<36}{f'  # {why}' if why else ''}".rstrip() for words, why in steps]
 
 
 def _verdict(metrics: Mapping[str, Any]) -> str:

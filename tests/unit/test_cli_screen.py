@@ -137,6 +137,59 @@ def test_last_screen_of_a_refusal_names_the_champion_that_stays(tmp_path: Path) 
     assert "nothing has changed" in text
 
 
+def test_what_to_do_next_follows_the_decision(tmp_path: Path) -> None:
+    nexts = {}
+    for decision in ("promoted", "refused"):
+        finished(tmp_path, METRICS, decision=decision, champion="v0001", reason="r")
+        text = "\n".join(screen.last_screen(tmp_path, screen.Paint(io.StringIO()), 2.0, 0))
+        nexts[decision] = text.partition("Next\n")[2]
+        assert max(map(len, nexts[decision].replace(screen.program(), "millrace").splitlines())) <= 80
+    assert "registry promote text-classify v0002" in nexts["refused"]
+    assert all(words in nexts["refused"] for words in ("report --open", "run tune.trials=20"))
+    assert "predict" not in nexts["refused"], "the refused model is not the one that would answer"
+    assert "predict" in nexts["promoted"]
+    assert "registry promote" not in nexts["promoted"]
+
+
+def dataset(folder: Path, **dropped: int) -> Path:
+    meta = {"rows": {"train": 1900, "test": 98}, "num_read": 2004, "spec": {"num_labels": 5}, "dropped": dropped}
+    (folder / "dataset").mkdir(exist_ok=True)
+    (folder / "dataset" / "manifest.json").write_text(json.dumps({"meta": meta}), encoding="utf-8")
+    return folder
+
+
+def test_rows_that_were_dropped_are_grouped(tmp_path: Path) -> None:
+    folder = dataset(tmp_path)
+    assert screen.stage_summary("preprocess", folder) == "1,998 rows of 2,004, 5 labels"
+    dataset(tmp_path, **{"malformed:columns": 2, "malformed:encoding": 4})
+    assert screen.stage_summary("preprocess", folder) == "1,998 rows of 2,004 (6 malformed), 5 labels"
+    dataset(tmp_path, duplicate=1200, near_duplicate=3, too_long=1, rare_label=1, **{"malformed:columns": 2})
+    whole = "1,998 rows of 2,004 (2 malformed, 1,200 duplicates, 3 near duplicates, 2 other), 5 labels"
+    assert screen.stage_summary("preprocess", folder) == whole
+    narrow = screen.stage_summary("preprocess", folder, room=70)
+    assert narrow == "1,998 rows of 2,004 (2 malformed, 1,203 duplicates, 2 other), 5 labels"
+    assert screen.stage_summary("preprocess", folder, room=10).startswith("1,998 rows of 2,004 (2 malformed")
+
+
+def test_a_terminal_shows_what_was_dropped(tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    dataset(tmp_path / "out", duplicate=1200, near_duplicate=3)
+    board = screen.Board(["preprocess"], terminal)
+    board.start("preprocess")
+    board.done("preprocess")
+    assert "(1,203 duplicates), 5 labels" in rows(terminal)[-1]
+    assert max(map(len, rows(terminal))) <= 80
+
+
+def test_a_pipe_names_the_stage_once() -> None:
+    stream = io.StringIO()
+    board = screen.Board(["preprocess"], stream)
+    board.line("preprocess", "preprocess: reading files=1")
+    board.line("preprocess", "preprocessed")
+    assert stream.getvalue().splitlines() == ["preprocess: reading files=1", "preprocess: preprocessed"]
+
+
 def test_last_screen_names_the_present_champion(tmp_path: Path) -> None:
     """promotion.json is of the past: somebody may have promoted another one since."""
     finished(tmp_path, METRICS, decision="promoted", champion="v0002", reason="r")
