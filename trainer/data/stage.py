@@ -31,6 +31,8 @@ PARTITION_BYTES = 16 << 20
 # Text to train the tokenizer on, per token of the vocabulary: more changes few merges and takes its time.
 TOKENIZER_BYTES = 512
 _MALFORMED = "malformed:"
+# More labels than this, all of them rare, are no labels.
+MANY_LABELS = 20
 # Malformed rows that are named one by one; the others are counted.
 _SHOWN_BAD = 5
 
@@ -218,12 +220,17 @@ def _choose(
 
 def _with_labels(job: Job, counts: Counter[str], dropped: Counter[str], at_least: int) -> Job:
     """Drop rare labels from the counts; the job with the labels that stay."""
+    different = len(counts)
     for label in [label for label, number in counts.items() if number < at_least]:
         dropped["rare_label"] += counts.pop(label)
     if len(counts) < 2:
         have = f"only the label {next(iter(counts))[:80]!r}" if counts else "no label"
         message = f"data.source: there is {have} with data.min_label_rows={at_least} rows or more, after cleaning"
-        raise DataError(message, "a classifier needs two labels: check data.label, or lower data.min_label_rows")
+        hint = "a classifier needs two labels: check data.label, or lower data.min_label_rows"
+        if different > MANY_LABELS:
+            message += f"; {different} labels are rarer"
+            hint = "almost every row has a label of its own: data.label names a column of ids or of texts, name another"
+        raise DataError(message, hint)
     return job.extended(labels=sorted(counts))
 
 
