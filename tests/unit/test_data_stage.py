@@ -486,6 +486,6 @@ def test_manifest_is_of_a_dataset_and_records_the_python_of_a_builtin(tmp_path: 
 
 def test_a_column_of_ids_is_no_label(tmp_path: Path) -> None:
     items = [{"text": f"words of row {row} {row * 7}", "label": f"id-{row}"} for row in range(50)]
-    with pytest.raises(DataError, match="no label with .*; 50 labels are rarer") as error:
+    with pytest.raises(DataError, match=r"no label with .*; 50 labels are rarer") as error:
         preprocess(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", items))
     assert "column of ids" in error.value.hint
