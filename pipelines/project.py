@@ -192,18 +192,30 @@ def new(folder: Path, data: Path, text: str, label: str, preset: str, overrides:
     # Built aside, on the same file system: a failure leaves what was there before.
     aside = folder / ".millrace-new" if existed else folder.with_name(f".{folder.name}.millrace-new")
     try:
-        storage.remove(aside)
-        _build(aside, data, place, edit(content, tree))
-        if existed:
-            for path in sorted(aside.iterdir(), key=lambda path: path.name == PARAMS):  # what makes it a project, last
-                path.rename(folder / path.name)
-            aside.rmdir()
-        else:
-            aside.rename(folder)
+        with storage.explained(folder):
+            storage.remove(aside)
+            _make_folder(aside, folder)
+            _build(aside, data, place, edit(content, tree))
+            if existed:
+                for path in sorted(
+                    aside.iterdir(), key=lambda path: path.name == PARAMS
+                ):  # what makes it a project, last
+                    path.rename(folder / path.name)
+                aside.rmdir()
+            else:
+                aside.rename(folder)
     except BaseException:
         storage.remove(aside)
         raise
     return params
+
+
+def _make_folder(aside: Path, folder: Path) -> None:
+    """Make the folder `aside`; an error names `folder`, the one that was asked for."""
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
 def model_name(source: str) -> str:
@@ -244,9 +256,9 @@ def _has_rows(path: Path, params: Params) -> bool:
 
 
 def _build(folder: Path, data: Path, place: str, content: str) -> None:
-    """Write a whole project into a folder that does not exist."""
+    """Write a whole project into an empty folder."""
     with storage.explained(folder):
-        (folder / "data").mkdir(parents=True)
+        (folder / "data").mkdir()
         target = folder / place
         if data.is_dir():
             shutil.copytree(data, target)

@@ -194,8 +194,12 @@ def write_atomic(path: Path, content: bytes) -> None:
                 os.fsync(file.fileno())
             temporary.replace(path)
             sync_folder(path.parent)
+        except OSError as error:
+            if error.filename == str(temporary):  # nobody asked for that one
+                error.filename = str(path)
+            raise
         finally:
-            temporary.unlink(missing_ok=True)
+            remove(temporary)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -11,10 +11,10 @@ import yaml
 
 from pipelines import dvcfile, local, project
 from pipelines.cli import main
-from trainer import presets
+from trainer import presets, storage
 from trainer.config.load import apply_overrides, load, read_tree
 from trainer.config.text import parse_yaml
-from trainer.errors import MillraceError
+from trainer.errors import MillraceError, StorageError
 from trainer.stage import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -325,6 +325,25 @@ def test_new_does_not_touch_a_folder_in_use(in_folder: Path) -> None:
     (in_folder / "there" / "mine.txt").touch()
     assert main(["new", "there", "--data", "rows.csv"]) == 2
     assert [path.name for path in (in_folder / "there").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody can make files")
+@pytest.mark.parametrize("folder", ["/proc/there", "/proc/there/too", "rows.csv/there"])
+def test_new_where_nothing_can_be_made_is_told_so(
+    folder: str, in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (in_folder / "rows.csv").write_text("text,label\nhello,1\n", encoding="utf-8")
+    assert main(["new", folder, "--data", "rows.csv"]) == 2
+    err = capsys.readouterr().err
+    assert f"error: {folder}: " in err
+    assert "fix: " in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody can make files")
+def test_a_file_that_cannot_be_written_is_called_by_its_name() -> None:
+    with pytest.raises(StorageError, match=r"^/proc/params\.yaml: "):
+        storage.write_atomic(Path("/proc/params.yaml"), b"")
 
 
 def test_new_takes_a_folder_of_data(in_folder: Path) -> None:
