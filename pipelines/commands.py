@@ -15,15 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import project
 from pipelines.dvcfile import OUT
-from trainer import __version__, presets
+from trainer import __version__, presets, storage
 from trainer.config import Params
 from trainer.config.load import dump, load
 from trainer.config.names import nearest
 from trainer.errors import EXIT_OK, ArtifactError, ConfigError, DataError, StorageError, redact
-from trainer.storage import explained
 
 if TYPE_CHECKING:
     from trainer.registry import Registry
+
+_OTHER_CHAMPION = (
+    "make an earlier version the champion: `millrace registry rollback`, or restore the registry from a backup"
+)
 
 
 def run(args: Namespace) -> int:
@@ -100,8 +103,7 @@ def _model_folder(given: str | None, cache: Path) -> Path:
         path = Path(given)
         if not path.is_dir():
             raise ArtifactError(f"--model {given}: no such folder", "name a model folder such as out/quantized")
-        return path
-    from trainer import storage
+        return _verified(path)
     from trainer.registry import Registry
 
     params = _params()
@@ -110,13 +112,29 @@ def _model_folder(given: str | None, cache: Path) -> Path:
         registry = Registry(uri)
         champion = registry.champion(params.promote.model)
         if champion:
-            return registry.fetch(params.promote.model, champion.version, "model", cache)
+            try:
+                return registry.fetch(params.promote.model, champion.version, "model", cache)
+            except ArtifactError as error:
+                raise ArtifactError(error.message, _OTHER_CHAMPION) from error
     path = Path(OUT) / "quantized"
     if path.is_dir():
-        return path
+        return _verified(path)
     raise ArtifactError(
         "no model: the registry has no champion and there is no out/quantized", "make one: millrace run"
     )
+
+
+def _verified(path: Path) -> Path:
+    """The folder itself, whose bytes are those that its manifest lists; a model of others may come without one.
+
+    Raises:
+        ArtifactError: a file is missing, surplus or altered.
+    """
+    from trainer.artifacts import manifest
+
+    if (path / storage.MANIFEST).is_file():
+        manifest.read(path, "model")
+    return path
 
 
 def _params() -> Params:
@@ -128,7 +146,7 @@ def _read_inputs(file: str | None, key: str) -> Iterator[str]:
     if not file:
         yield from _inputs_of(getattr(sys.stdin, "buffer", sys.stdin), "stdin", key)
         return
-    with explained(file):
+    with storage.explained(file):
         if Path(file).is_dir():
             raise StorageError(f"--file {file}: is a folder", "name a file")
         with open(file, "rb") as lines:

@@ -10,6 +10,7 @@ import pytest
 from pipelines import reference
 from pipelines.cli import build_parser, main
 from trainer import __version__, presets
+from trainer.artifacts import manifest
 from trainer.config import Params
 from trainer.config.load import load
 from trainer.stage import STAGES
@@ -240,6 +241,18 @@ def labels(capsys: pytest.CaptureFixture[str]) -> list[str]:
 def test_predict_takes_texts(echo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", "--model", "model", "one", "two words", "{not json"]) == 0
     assert labels(capsys) == ["one", "two words", "{not json"]
+
+
+def test_predict_answers_from_no_model_that_was_altered(echo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (echo / "model" / "model.onnx").write_bytes(b"weights")
+    manifest.seal(echo / "model", "model", {}, {})
+    assert main(["predict", "--model", "model", "one"]) == 0
+    (echo / "model" / "model.onnx").write_bytes(b"weighty")
+    capsys.readouterr()
+    assert "model/model.onnx: corrupted" in refused(["predict", "--model", "model", "one"], capsys)
+    (echo / "out").mkdir()
+    (echo / "model").rename(echo / "out" / "quantized")
+    assert "out/quantized/model.onnx: corrupted" in refused(["predict", "one"], capsys)
 
 
 def test_predict_reads_lines_and_json_from_a_file(echo: Path, capsys: pytest.CaptureFixture[str]) -> None:

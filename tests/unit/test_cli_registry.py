@@ -111,6 +111,19 @@ def test_a_champion_of_a_remote_registry_is_this_models(
     assert [path.name for path in in_folder.iterdir()] == ["params.yaml"]
 
 
+def test_a_champion_that_was_altered_is_to_be_rolled_back(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (in_folder / "params.yaml").write_text("promote:\n  model: only\n", encoding="utf-8")
+    two_champions(Registry("registry"), "only")
+    (model,) = (in_folder / "registry" / "only" / "versions" / "v0002" / "model").glob("*.onnx")
+    model.chmod(0o644)
+    model.write_text("only 3")
+    assert main(["predict", "text"]) == 2
+    err = capsys.readouterr().err
+    assert "model.onnx: corrupted" in err
+    assert "fix: make an earlier version the champion: `millrace registry rollback`" in err
+    assert "run the stage" not in err
+
+
 def judged(folder: Path, version: str, digest: str) -> None:
     (folder / "out" / "promotion").mkdir(parents=True, exist_ok=True)
     verdict = {"decision": "promoted", "champion": version, "champion_digest": digest, "registry": "registry"}
