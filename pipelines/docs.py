@@ -31,7 +31,7 @@ def configuration() -> str:
     lines = [
         "# Configuration", "", NOTE,
         "`params.yaml` has one section per concern. Any key can be given on the command line as `section.key=value`:",
-        "`millrace run train.lr=1e-3`, `dvc exp run -S train.lr=1e-3`, `python -m trainer train ... train.lr=1e-3`.",
+        "`millrace run train.epochs=12`, `dvc exp run -S train.epochs=12`, `python -m trainer train ... train.epochs=12`.",
         "An unknown key, a wrong type or a value out of bounds is an error that names the key and the nearest name.", "",
         "`millrace config` prints this page in the terminal, `millrace config --print-config` the configuration as the",
         "stages will see it, and `millrace config --schema` a JSON Schema for editors.", "",

@@ -29,7 +29,7 @@ from trainer.errors import ConfigError, DataError, MillraceError
 from trainer.stage import STAGES, Stage
 
 HEADER = """\
-# The pipeline as DVC runs it: `millrace run`, `dvc repro` or `dvc exp run -S train.lr=1e-3`.
+# The pipeline as DVC runs it: `millrace run`, `dvc repro` or `dvc exp run -S train.epochs=12`.
 # Generated from trainer/stage.py and params.yaml by pipelines/dvcfile.py; `millrace run` keeps it up to date.
 """
 OUT = "out"

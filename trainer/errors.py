@@ -14,6 +14,7 @@ EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
 EXIT_REFUSED = 4
+EXIT_INTERRUPTED = 130
 EXIT_PREEMPTED = 143
 
 EXIT_CODES: dict[int, str] = {
@@ -22,6 +23,7 @@ EXIT_CODES: dict[int, str] = {
     EXIT_BAD_INPUT: "bad configuration or data: the message names the field, file or row and the fix",
     EXIT_DIVERGED: "training diverged: a loss or gradient was not finite",
     EXIT_REFUSED: "a gate refused: the candidate was not promoted",
+    EXIT_INTERRUPTED: "stopped by Ctrl-C: what is complete is kept, and the same command goes on",
     EXIT_PREEMPTED: "preempted after a durable checkpoint: run the same command again to resume",
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import reference
+from pipelines import commands, reference
 from pipelines.cli import build_parser, main
 from trainer import __version__, presets
 from trainer.artifacts import manifest
@@ -94,6 +94,18 @@ def test_help_of_every_command_says_what_it_does(capsys: pytest.CaptureFixture[s
             code = error.code
         assert code == 0, words
         assert len(capsys.readouterr().out.splitlines()) > 3, words
+
+
+def test_help_lists_the_exit_code_of_ctrl_c(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(args: object) -> int:
+        raise KeyboardInterrupt
+
+    assert _exit(["--help"]) == 0
+    listed = capsys.readouterr().out.partition("exit codes:")[2]
+    monkeypatch.setattr(commands, "version", stopped)
+    assert f"  {main(['version'])}  stopped by Ctrl-C" in listed
 
 
 def test_stage_help_comes_from_the_stage_table(capsys: pytest.CaptureFixture[str]) -> None:
