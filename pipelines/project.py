@@ -267,6 +267,9 @@ def _build(folder: Path, data: Path, place: str, content: str) -> None:
         (folder / PARAMS).write_text(content, encoding="utf-8")
         (folder / ".dvcignore").write_text(IGNORED_BY_DVC, encoding="utf-8")
         (folder / ".gitignore").write_text(IGNORED_BY_GIT, encoding="utf-8")
+        # DVC writes this line only where there is git already, and takes no data that git tracks as well.
+        ignored = "/" + re.sub(r"([\\*?\[\]!# ])", r"\\\1", data.name) + "\n"
+        (folder / "data" / ".gitignore").write_text(ignored, encoding="utf-8")
         prepare(folder)
     dvc(folder, "add", "-q", place)
     before = Path.cwd()

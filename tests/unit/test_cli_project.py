@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,22 @@ def test_new_makes_a_whole_project(in_folder: Path, capsys: pytest.CaptureFixtur
         "data/my rows.csv"
     ]
     assert "cd there/too" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "my rows [1] #2!.csv", "отзывы.csv"])
+def test_data_of_a_new_project_stays_out_of_a_git_made_later(name: str, in_folder: Path) -> None:
+    (in_folder / name).write_text("text,label\nhello,1\n", encoding="utf-8")
+    assert main(["new", "there", "--data", name]) == 0
+    folder = in_folder / "there"
+    for words in (["init", "-q"], ["add", "."]):
+        subprocess.run(["git", *words], cwd=folder, check=True)
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=folder, check=True, capture_output=True, text=True)
+    tracked = done.stdout.split("\0")
+    assert f"data/{name}.dvc" in tracked
+    assert f"data/{name}" not in tracked
+    project.prepare(folder)
+    project.dvc(folder, "add", "-q", f"data/{name}")
+    assert (folder / "data" / ".gitignore").read_text(encoding="utf-8").count("\n") == 1
 
 
 def test_new_names_the_model_after_the_data_unless_it_is_named(in_folder: Path) -> None:
