@@ -1,7 +1,7 @@
 """Exception classes and the exit-code table: the one place that says what a stage's exit status means.
 
 PyTorchJob's `restartPolicy: ExitCode` retries 128..255 and gives up on 1..127, so permanent errors are below 128 and
-what is worth another try (143, preempted after a durable checkpoint) is above.
+what is worth another try (130, Ctrl-C; 143, preempted after a durable checkpoint) is above.
 """
 
 from __future__ import annotations
