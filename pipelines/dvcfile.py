@@ -72,7 +72,9 @@ def source_paths(source: str) -> list[str]:
         return [path]
     found = sorted(glob(path, recursive=True)) if has_magic(path) else []
     if not found:
-        raise DataError(f"data.source: {source}: no such file or folder", "correct the path in params.yaml")
+        raise DataError(
+            f"data.source: {source}: no such file or folder", "correct the path, in params.yaml or on the command line"
+        )
     return [name for name in found if Path(name).is_file()] or found
 
 
@@ -86,7 +88,9 @@ def watched(key: str, uri: str) -> list[str]:
         return []
     path = str(storage.local_path(uri))
     if not Path(path).exists():
-        raise DataError(f"{key}: {uri}: no such file or folder", "correct the path in params.yaml")
+        raise DataError(
+            f"{key}: {uri}: no such file or folder", "correct the path, in params.yaml or on the command line"
+        )
     return [path]
 
 

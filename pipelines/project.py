@@ -20,7 +20,7 @@ from typing import Any
 from pipelines import dvcfile
 from trainer import presets, storage
 from trainer.config import Params
-from trainer.config.load import apply_overrides, load, read_tree, validate
+from trainer.config.load import COMMAND_LINE, apply_overrides, load, read_tree, validate
 from trainer.config.text import parse_yaml
 from trainer.errors import ConfigError, DataError, MillraceError
 
@@ -186,7 +186,7 @@ def new(folder: Path, data: Path, text: str, label: str, preset: str, overrides:
     values = {"data.source": place, "data.text": text, "data.label": label, "promote.model": model_name(place)}
     content = presets.text(preset)
     tree = apply_overrides(apply_overrides(parse_yaml(content, preset), values), overrides)
-    params = validate(tree, f"preset {preset}")
+    params = validate(tree, COMMAND_LINE)
     _check_data(data, params)
     existed = folder.is_dir()
     # Built aside, on the same file system: a failure leaves what was there before.
@@ -246,7 +246,11 @@ def _check_data(data: Path, params: Params) -> None:
         if all(file.format in ("csv", "tsv", "images") and not _has_rows(file.path, params) for file in files):
             raise DataError(f"--data {data}: no rows below the header", "give it rows")
         if data.is_file():
-            check_columns(files[0], params.data.encoding, (params.data.text, params.data.label), params.task.name)
+            try:
+                check_columns(files[0], params.data.encoding, (params.data.text, params.data.label), params.task.name)
+            except DataError as error:
+                hint = error.hint.replace("data.text", "--text").replace("data.label", "--label")
+                raise DataError(error.message, hint) from None
 
 
 def _has_rows(path: Path, params: Params) -> bool:

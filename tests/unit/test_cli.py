@@ -77,6 +77,33 @@ def test_a_bad_override_changes_no_file(word: str, in_folder: Path, capsys: pyte
     assert {path: path.read_bytes() for path in in_folder.rglob("*") if path.is_file()} == before
 
 
+BLAMED = {
+    "unknown key": (["run", "train.lrr=1"], "error: command line: train.lrr: unknown key; did you mean 'lr'?"),
+    "bad value": (["run", "train.lr=fast"], "error: command line: train.lr: must be a valid number"),
+    "two values that do not fit": (["config", "data.split.val=0.95"], "error: command line: data.split: val (0.95)"),
+    "new": (["new", "there", "--data", "rows.csv", "train.lrr=1"], "error: command line: train.lrr: unknown key"),
+    "text": (["new", "there", "--data", "rows.csv", "--text", "boddy"], "fix: set --text to the name of a column"),
+    "label": (["new", "there", "--data", "rows.csv", "--label", "topc"], "fix: set --label to the name of a column"),
+    "key": (["new", "there", "--data", "rows.jsonl", "--text", "boddy"], "fix: set --text and --label to the keys"),
+}
+
+
+@pytest.mark.parametrize("case", BLAMED)
+def test_a_wrong_word_is_blamed_on_the_command_line(
+    case: str, in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    presets.use(presets.DEFAULT, in_folder / "params.yaml")
+    (in_folder / "rows.csv").write_text("text,label\nhello,1\n", encoding="utf-8")
+    (in_folder / "rows.jsonl").write_text('{"text": "hello", "label": "1"}\n', encoding="utf-8")
+    words, expected = BLAMED[case]
+    assert expected in refused(words, capsys)
+
+
+def test_what_is_wrong_in_the_file_is_blamed_on_the_file(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (in_folder / "params.yaml").write_text("train: {lrr: 1}\n", encoding="utf-8")
+    assert "error: params.yaml: train.lrr: unknown key" in refused(["run", "train.epochs=3"], capsys)
+
+
 def test_help_of_every_command_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
     def parsers(parser, words):
         yield words

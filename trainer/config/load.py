@@ -19,6 +19,7 @@ from trainer.config.text import dump_yaml, parse_value, parse_yaml, read_text
 from trainer.errors import ConfigError
 
 MAX_LINES = 10
+COMMAND_LINE = "command line"
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:
@@ -127,7 +128,23 @@ def load(path: str | Path | None, overrides: Iterable[str] | Mapping[str, Any] =
         ConfigError: the file or an override is wrong.
     """
     tree = read_tree(path) if path else {}
-    return validate(apply_overrides(tree, overrides), str(path or "defaults"))
+    where = str(path or "defaults")
+    words = overrides if isinstance(overrides, Mapping) else list(overrides)
+    changed = apply_overrides(tree, words)
+    try:
+        return validate(changed, where)
+    except ConfigError:
+        if words and not isinstance(words, Mapping) and _is_valid(tree):
+            where = COMMAND_LINE
+    return validate(changed, where)
+
+
+def _is_valid(tree: Mapping[str, Any]) -> bool:
+    try:
+        validate(tree)
+    except ConfigError:
+        return False
+    return True
 
 
 def with_values(params: Params, values: Mapping[str, Any]) -> Params:

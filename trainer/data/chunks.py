@@ -70,7 +70,10 @@ def check_columns(file: RawFile, encoding: str, keys: tuple[str, str], task: str
         rows = items(file.path, file.name, encoding) if file.format == "json" else _first_json(file, encoding)
         found = to_example(next(iter(rows), {}), *keys, task)
         if isinstance(found, Bad):
-            raise DataError(f"{file.name}: row 1: {found.message}", "name the keys of the text and of the label")
+            raise DataError(
+                f"{file.name}: row 1: {found.message}",
+                "set data.text and data.label to the keys of the text and of the label",
+            )
 
 
 def _first_json(file: RawFile, encoding: str) -> Iterator[Any]:
