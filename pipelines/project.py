@@ -179,6 +179,8 @@ def new(folder: Path, data: Path, text: str, label: str, preset: str, overrides:
     data = data.expanduser()
     if not data.exists():
         raise DataError(f"--data {data}: no such file or folder", "correct the path")
+    if not data.is_file() and not data.is_dir():
+        raise DataError(f"--data {data}: neither a file nor a folder", "name a file or a folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: is there already and is not empty", "name a folder that does not exist yet")
     place = f"data/{data.name}"

@@ -333,18 +333,21 @@ def last_screen(folder: Path, paint: Paint, took: float, ran: int, *, champion: 
                        ("evaluation/report.html", "the whole run on a page")):  # fmt: skip
         lines.append(f"    {paint(f'{OUT}/{path}', 'cyan'):<{37 if paint.on else 28}}  {what}")
     task = (read_json(out / "dataset" / "manifest.json").get("meta") or {}).get("task", "classify")
-    return [*lines, "", f"  {paint('Next', 'bold')}", *_next(promotion, str(task))]
+    return [*lines, "", f"  {paint('Next', 'bold')}", *_next(out, promotion, str(task))]
 
 
-def _next(promotion: Mapping[str, Any], task: str) -> list[str]:
+def _next(out: Path, promotion: Mapping[str, Any], task: str) -> list[str]:
     """Commands that help after this decision."""
     ask = {"classify": '"some text"', "lm": '"def main("'}.get(task, "--file pictures.txt")
     named = f"{promotion.get('model')} {promotion.get('version')}"
     steps = [(f"predict {ask}", ""), ("report --open", ""), ("registry ls", ""), ("run train.epochs=12", "")]
     if promotion.get("decision") != "promoted":
+        searched = read_json(out / "tuning" / "best.json").get("params", True)
         steps = [
             ("report --open", "where it errs"),
-            ("run tune.trials=20", "a wider search"),
+            ("run tune.trials=20", "a wider search")
+            if searched
+            else ("run tune.enabled=true tune.trials=20", "a search"),
             (f"registry promote {named}", "take it anyway"),
         ]
     name = program()

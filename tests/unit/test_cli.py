@@ -51,6 +51,7 @@ WRONG = {
     "config key": (["config", "trian.lr=1"], "did you mean 'train'"),
     "config nested key": (["config", "train.le=1"], "did you mean 'lr'"),
     "new without data": (["new", "there", "--data", "nowhere.csv"], "nowhere.csv: no such file"),
+    "new from a device": (["new", "there", "--data", "/dev/null"], "/dev/null: neither a file nor a folder"),
     "new preset": (["new", "there", "--data", ".", "--preset", "digit"], "no such preset"),
     "rollback": (["registry", "--uri", "reg", "rollback", "default"], "no earlier champion"),
     "registry model": (["registry", "--uri", "reg", "show", "Not A Name"], "not a model name"),

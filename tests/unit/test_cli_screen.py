@@ -151,6 +151,15 @@ def test_what_to_do_next_follows_the_decision(tmp_path: Path) -> None:
     assert "registry promote" not in nexts["promoted"]
 
 
+def test_after_a_refusal_without_a_search_one_is_proposed(tmp_path: Path) -> None:
+    finished(tmp_path, METRICS, decision="refused", champion="v0001", reason="r")
+    (tmp_path / "out" / "tuning").mkdir()
+    for params, words in (({}, "run tune.enabled=true tune.trials=20"), ({"train.lr": 0.03}, "run tune.trials=20")):
+        (tmp_path / "out" / "tuning" / "best.json").write_text(json.dumps({"params": params}), encoding="utf-8")
+        text = "\n".join(screen.last_screen(tmp_path, screen.Paint(io.StringIO()), 2.0, 0))
+        assert f" {words} " in text
+
+
 def dataset(folder: Path, **dropped: int) -> Path:
     meta = {"rows": {"train": 1900, "test": 98}, "num_read": 2004, "spec": {"num_labels": 5}, "dropped": dropped}
     (folder / "dataset").mkdir(exist_ok=True)
