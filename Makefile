@@ -22,7 +22,7 @@ BENCH := $(call stamp,bench)
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-run: $(RUN) ## raw data in, a promoted model out, with a report; ARGS="train.lr=1e-3" sets parameters
+run: $(RUN) ## raw data in, a promoted model out, with a report; ARGS="train.epochs=12" sets parameters
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/millrace run $(ARGS)
 
 test: $(DEV) ## the tests, in under 8 minutes on 2 cores; ARGS="-k name" chooses
