@@ -112,6 +112,29 @@ def test_history_is_json_and_says_rate_and_epoch(datasets):
         assert row["grad_norm"] > 0
 
 
+def test_small_data_gets_more_epochs_until_they_have_min_steps(datasets):
+    words = ["train.epochs=2", "train.batch_size=16"]
+    plain = train(datasets, "classify", *words, model="ngram").steps
+    per_epoch = plain // 2
+    assert train(datasets, "classify", *words, f"train.min_steps={plain}", model="ngram").steps == plain
+    more = train(datasets, "classify", *words, f"train.min_steps={plain + 1}", model="ngram")
+    assert more.steps == 3 * per_epoch
+    assert train(datasets, "classify", *words, "train.min_steps=100", "train.max_steps=3", model="ngram").steps == 3
+
+
+def test_min_steps_are_those_of_one_process(datasets):
+    params = params_of("classify", "ngram", "train.epochs=1", "train.batch_size=8", "train.min_steps=60")
+    task = tasks.build(params, datasets["classify"])
+    totals = []
+    for size in (1, 2):
+        loop = Loop.__new__(Loop)
+        loop.train, loop.task = params.train, task
+        loop._set_block(params.train.batch_size * size)
+        totals.append(loop.total * size)
+    assert totals[0] >= 60
+    assert abs(totals[1] - totals[0]) <= loop.total
+
+
 def test_max_steps_overrules_epochs_in_both_directions(datasets):
     for steps in (3, 40):
         fitted = train(datasets, "classify", f"train.max_steps={steps}", "train.epochs=1", "train.batch_size=16")

@@ -11,7 +11,7 @@ from trainer.artifacts import manifest
 from trainer.config.load import validate
 from trainer.errors import MillraceError
 from trainer.stage import execute
-from trainer.tune import plots
+from trainer.tune import plots, stage
 
 TREE = {
     "model": {"name": "ngram", "buckets": 256, "dim": 8},
@@ -145,3 +145,9 @@ def test_history_follows_the_best_so_far():
     found = plots.history(data(1, [trial(i, value, 1) for i, value in enumerate([0.2, 0.5, 0.3, 0.6])]))
     assert found.count('class="best-dot"') == 3
     assert found.count('class="dot"') == 1
+
+
+def test_a_trial_has_its_share_of_the_least_number_of_steps():
+    params = validate({"train": {"epochs": 8, "min_steps": 400}, "tune": {"epochs": 2}})
+    assert stage._fidelity(params) == {"train.epochs": 2, "train.min_steps": 100}
+    assert stage._fidelity(validate({"train": {"min_steps": 400}, "tune": {"epochs": 0}})) == {}

@@ -93,6 +93,7 @@ def prune(params: Params, task: Task, loaded: Loaded, scratch: Path) -> list[dic
         {
             "train.epochs": config.epochs,
             "train.max_steps": 0,
+            "train.min_steps": 0,
             "train.lr": config.lr or params.train.lr / 10,
             "train.early_stopping.patience": 0,
             # Evaluated once, at the end: the best weights of an earlier evaluation would not be pruned enough.

@@ -29,6 +29,8 @@ class Train(Section):
     """Seed of initialisation, order of the data and dropout."""
     epochs: int = Field(default=5, ge=1)
     """Passes over the train split."""
+    min_steps: int = Field(default=0, ge=0)
+    """Make more epochs where the data is so small that they have fewer optimizer steps than this (of one process)."""
     max_steps: int = Field(default=0, ge=0)
     """Stop after this many optimizer steps; 0 goes by epochs."""
     batch_size: int = Field(default=64, ge=1)

@@ -67,8 +67,10 @@ class Loop:
     def _set_block(self, block: int) -> None:
         """Fix the examples of a step over all ranks, and with them the number of steps."""
         self.block = block
-        steps_per_epoch = math.ceil(self.task.num_examples("train") / block)
-        self.total = self.train.max_steps or self.train.epochs * steps_per_epoch
+        examples, alone = self.task.num_examples("train"), self.train.batch_size * self.train.accumulation
+        # As many as one process would make: more of them must not mean more epochs.
+        epochs = max(self.train.epochs, math.ceil(self.train.min_steps / max(math.ceil(examples / alone), 1)))
+        self.total = self.train.max_steps or epochs * math.ceil(examples / block)
 
     # -- the run ----------------------------------------------------------------------------------------------------
 

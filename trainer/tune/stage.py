@@ -47,7 +47,8 @@ def run(call: Call) -> Result:
     first = space.configured(tune, tree)
     for each in space.outside(tune, tree):
         say(f"tune: {each}: not tried, and train takes what is found; set tune.enabled=false to train with it")
-    whole_epochs = not (params.train.eval_every or params.train.max_steps or tune.max_steps)
+    train = params.train
+    whole_epochs = not (train.eval_every or train.min_steps or train.max_steps or tune.max_steps)
     evaluations = (tune.epochs or params.train.epochs) if whole_epochs else 0
     with Preemption() as preemption:
 
@@ -129,9 +130,12 @@ def write(out: Path, params: Params, found: Search | None) -> dict[str, Any]:
 
 def _fidelity(params: Params) -> Values:
     """What makes a trial cheaper than the training it stands for."""
-    tune = params.tune
-    given = {"train.epochs": tune.epochs, "train.max_steps": tune.max_steps}
-    return {key: value for key, value in given.items() if value}
+    tune, train = params.tune, params.train
+    given: Values = {"train.epochs": tune.epochs, "train.max_steps": tune.max_steps}
+    if tune.epochs:
+        # The same share of the steps as of the epochs.
+        given["train.min_steps"] = train.min_steps * tune.epochs // train.epochs
+    return {key: value for key, value in given.items() if value or key == "train.min_steps"}
 
 
 def _metric(params: Params, metrics: dict[str, float]) -> float:
