@@ -67,6 +67,7 @@ define install
 	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); } || { rm -rf $(VENV); \
 	echo "error: $(PYTHON) cannot make a virtual environment" >&2; \
 	echo "  fix: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 2; }
+	@rm -f $(VENV)/.run-* $(VENV)/.dev-* $(VENV)/.bench-*  # of another clone, or of another lock
 	@echo "installing requirements/$(1).txt into $(VENV) (once; minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/$(1).txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trainer.config.data import Clean
@@ -59,7 +59,13 @@ def test_html_leaves_the_visible_text(name: str) -> None:
     assert strip_html(source) == expected
 
 
+@pytest.mark.parametrize("wrong", ["<![0", "<![nonsense[x]]>", "<![ if"])
+def test_what_is_no_marked_section_is_text(wrong: str) -> None:
+    assert strip_html(f"<p>before</p>{wrong}") == f"before\n{wrong}"
+
+
 @given(texts)
+@example("[0")
 def test_html_never_fails(text: str) -> None:
     strip_html(f"<a {text}<b>{text}</b &{text};<!{text}")
 

@@ -68,8 +68,14 @@ def strip_html(text: str) -> str:
     if "<" not in text and "&" not in text:
         return text
     parser = _Text()
-    parser.feed(text)
-    parser.close()
+    try:
+        parser.feed(text)
+        parser.close()
+    except AssertionError:
+        # html.parser gives up on what is no marked section, such as `<![0`: then those are text.
+        parser = _Text()
+        parser.feed(text.replace("<![", "&lt;!["))
+        parser.close()
     return re.sub(r"[ \t]*\n\s*", "\n", "".join(parser.parts)).strip()
 
 
