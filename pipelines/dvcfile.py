@@ -72,9 +72,7 @@ def source_paths(source: str) -> list[str]:
         return [path]
     found = sorted(glob(path, recursive=True)) if has_magic(path) else []
     if not found:
-        raise DataError(
-            f"data.source: {source}: no such file or folder", "correct the path, in params.yaml or on the command line"
-        )
+        raise _missing("data.source", source)
     return [name for name in found if Path(name).is_file()] or found
 
 
@@ -88,10 +86,12 @@ def watched(key: str, uri: str) -> list[str]:
         return []
     path = str(storage.local_path(uri))
     if not Path(path).exists():
-        raise DataError(
-            f"{key}: {uri}: no such file or folder", "correct the path, in params.yaml or on the command line"
-        )
+        raise _missing(key, uri)
     return [path]
+
+
+def _missing(key: str, uri: str) -> DataError:
+    return DataError(f"{key}: {uri}: no such file or folder", "correct the path, in params.yaml or on the command line")
 
 
 def unwatched(params: Params) -> list[str]:

@@ -28,7 +28,7 @@ EXIT_CODES: dict[int, str] = {
 }
 
 
-_TOKEN = re.compile(r"[^\s\"<>]*")
+_AFTER_URI = re.compile(r"[\s\"<>]")
 _PORT = re.compile(r"\[.*\](:\d+)?|[^:\[]*:\d{1,5}")
 _BUCKETS = ("s3", "s3a", "gs", "gcs", "minio", "oci")
 # Their URIs name a container before the `@`.
@@ -45,7 +45,7 @@ def redact(text: str) -> str:
     parts = [before]
     for part in after:
         scheme = parts[-1].lower()
-        end = _end_of_credentials(re.split(r"[^a-z0-9+.-]", scheme)[-1], _TOKEN.match(part)[0])  # type: ignore[index]
+        end = _end_of_credentials(re.split(r"[^a-z0-9+.-]", scheme)[-1], _AFTER_URI.split(part, maxsplit=1)[0])
         parts.append(f"***@{part[end:]}" if end else part)
     return _SECRETS.sub(r"\1***", "://".join(parts))
 

@@ -195,7 +195,8 @@ def execute(
         cache = Path(temporary)
         local = {port: storage.fetch(uri, cache / "in" / port) for port, uri in inputs.items()}
         manifests = {port: manifest.read(folder, stage.inputs[port].kind) for port, folder in local.items()}
-        sections = {section: params.model_dump(mode="json")[section] for section in stage.sections}
+        tree = params.model_dump(mode="json")
+        sections = {section: tree[section] for section in stage.sections}
         targets = {port: _local_target(uri, cache / "out" / port) for port, uri in outputs.items()}
         fingerprint = _fingerprint(name, sections, manifests)
         with scratches.held(name, fingerprint, next(iter(outputs.values())), scratch) as working:

@@ -358,12 +358,18 @@ def test_a_late_refusal_is_recorded_as_one(tmp_path, dataset):
     assert "evaluate again" in Registry(tmp_path / "registry").show("m", "v0002")["reason"]
 
 
-def test_records_follow_a_rollback_and_a_person_who_names_a_champion(tmp_path, dataset):
+def rolled_back(tmp_path, dataset):
+    """The registry after two promotions and a rollback of the second, and the second candidate."""
     first, second = candidate(tmp_path / "c1", "one"), candidate(tmp_path / "c2", "two")
     promote(tmp_path, first, evaluation(tmp_path / "e1", first, dataset))
     promote(tmp_path, second, evaluation(tmp_path / "e2", second, dataset, "promoted", "v0001"))
     registry = Registry(tmp_path / "registry")
     registry.rollback("m")
+    return registry, second
+
+
+def test_records_follow_a_rollback_and_a_person_who_names_a_champion(tmp_path, dataset):
+    registry, _ = rolled_back(tmp_path, dataset)
     assert rows(tmp_path) == [("v0001", True, "restored"), ("v0002", False, "withdrawn")]
     registry.name_champion("m", "v0002")
     assert rows(tmp_path) == [("v0001", False, "restored"), ("v0002", True, "named")]
@@ -371,11 +377,7 @@ def test_records_follow_a_rollback_and_a_person_who_names_a_champion(tmp_path, d
 
 
 def test_what_was_rolled_back_from_is_not_promoted_again_by_a_rerun(tmp_path, dataset):
-    first, second = candidate(tmp_path / "c1", "one"), candidate(tmp_path / "c2", "two")
-    promote(tmp_path, first, evaluation(tmp_path / "e1", first, dataset))
-    promote(tmp_path, second, evaluation(tmp_path / "e2", second, dataset, "promoted", "v0001"))
-    registry = Registry(tmp_path / "registry")
-    registry.rollback("m")
+    registry, second = rolled_back(tmp_path, dataset)
     with pytest.raises(GateRefused, match="millrace registry promote m v0002"):
         promote(tmp_path, second, tmp_path / "e2")
     assert registry.champion("m").version == "v0001"

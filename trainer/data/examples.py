@@ -60,18 +60,18 @@ def to_example(row: Any, text_key: str, label_key: str, task: str) -> Example | 
     elif "messages" in row:
         return _dialogue(row, task)
     else:
-        return Bad(
-            "no_text", f"has no key {text_key!r}; {nearest(text_key, [str(key) for key in row], limit=MAX_NAMES)}"
-        )
+        return _without("no_text", text_key, row)
     if not isinstance(text, str):
         return Bad("text_not_string", f"{where} is a {_kind(text)}, not a text")
     if task == "lm":
         return _checked(text, None)
     if missing:
-        return Bad(
-            "no_label", f"has no key {label_key!r}; {nearest(label_key, [str(key) for key in row], limit=MAX_NAMES)}"
-        )
+        return _without("no_label", label_key, row)
     return _labelled(text, label, label_key)
+
+
+def _without(kind: str, key: str, row: dict[str, Any]) -> Bad:
+    return Bad(kind, f"has no key {key!r}; {nearest(key, [str(each) for each in row], limit=MAX_NAMES)}")
 
 
 def _pair(row: dict[str, Any], task: str) -> Example | Bad:
@@ -105,13 +105,9 @@ def _dialogue(row: dict[str, Any], task: str) -> Example | Bad:
 def _image(row: dict[str, Any], text_key: str, label_key: str) -> Example | Bad:
     key = text_key if text_key in row else "image"
     if key not in row:
-        return Bad(
-            "no_text", f"has no key {text_key!r}; {nearest(text_key, [str(key) for key in row], limit=MAX_NAMES)}"
-        )
+        return _without("no_text", text_key, row)
     if label_key not in row:
-        return Bad(
-            "no_label", f"has no key {label_key!r}; {nearest(label_key, [str(key) for key in row], limit=MAX_NAMES)}"
-        )
+        return _without("no_label", label_key, row)
     picture = row[key]
     example = _labelled(picture if isinstance(picture, str) else "", row[label_key], label_key)
     return example if isinstance(example, Bad) else Example(example.text, example.label, picture)

@@ -185,7 +185,11 @@ def read_errors(place: Path) -> dict[int, dict[str, Any]]:
 
 def forget_error(place: Path, rank: int) -> None:
     """Remove what a rank wrote in an earlier attempt: it says nothing about this one."""
-    (place / ERRORS / f"rank-{rank:04d}.json").unlink(missing_ok=True)
+    _error_file(place, rank).unlink(missing_ok=True)
+
+
+def _error_file(place: Path, rank: int) -> Path:
+    return place / ERRORS / f"rank-{rank:04d}.json"
 
 
 def write_error(place: Path, rank: int, error: BaseException) -> int:
@@ -201,5 +205,5 @@ def write_error(place: Path, rank: int, error: BaseException) -> int:
     else:
         text = "".join(traceback.format_exception(error))
         content = {"kind": TRACEBACK, "message": text, "hint": "", "exit_code": EXIT_FAILURE}
-    storage.write_atomic(place / ERRORS / f"rank-{rank:04d}.json", json.dumps(content).encode())
+    storage.write_atomic(_error_file(place, rank), json.dumps(content).encode())
     return int(content["exit_code"])

@@ -87,15 +87,13 @@ def outside(tune: Tune, tree: Mapping[str, Any]) -> list[str]:
     """What the search will not try though it is configured: `train.lr=0.01 (the search: 0.02 to 0.05)`, by dimension."""
     found = []
     for key, dimension in tune.space.items():
-        if configured(tune.model_copy(update={"space": {key: dimension}}), tree) is None:
-            node: Any = tree
-            for part in key.split("."):
-                node = node.get(part) if isinstance(node, Mapping) else None
+        value = _value_at(tree, key)
+        if _taken(dimension, value) is None:
             if dimension.type == "categorical":
                 allowed = ", ".join(map(str, dimension.choices))
             else:
                 allowed = f"{dimension.low:g} to {dimension.high:g}"
-            found.append(f"{key}={node} (the search: {allowed})")
+            found.append(f"{key}={value} (the search: {allowed})")
     return found
 
 
@@ -106,23 +104,28 @@ def configured(tune: Tune, tree: Mapping[str, Any]) -> Values | None:
         tune: the section.
         tree: the resolved configuration as plain dicts.
     """
-    values: Values = {}
-    for key, dimension in tune.space.items():
-        node: Any = tree
-        for part in key.split("."):
-            node = node.get(part) if isinstance(node, Mapping) else None
-        if dimension.type == "categorical":
-            same = [
-                each for each in dimension.choices if each == node and isinstance(each, bool) == isinstance(node, bool)
-            ]
-            if not same:
-                return None
-            values[key] = same[0]
-        elif _contains(dimension, node):
-            values[key] = int(node) if dimension.type == "int" else float(node)
-        else:
-            return None
-    return values
+    values = {key: _taken(dimension, _value_at(tree, key)) for key, dimension in tune.space.items()}
+    return None if None in values.values() else values
+
+
+def _value_at(tree: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted key; None where there is none."""
+    node: Any = tree
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
+
+
+def _taken(dimension: Dimension, value: Any) -> Any:
+    """A value as the dimension holds it; None if it lies outside."""
+    if dimension.type == "categorical":
+        same = (
+            each for each in dimension.choices if each == value and isinstance(each, bool) == isinstance(value, bool)
+        )
+        return next(same, None)
+    if not _contains(dimension, value):
+        return None
+    return int(value) if dimension.type == "int" else float(value)
 
 
 def _contains(dimension: Dimension, value: Any) -> bool:
