@@ -125,7 +125,7 @@ def test_every_stage_reads_known_sections_and_is_wired() -> None:
         assert not set(stage.outputs) & made, "the laptop engine names folders by port"
         made |= set(stage.outputs)
     read = {section for stage in STAGES.values() for section in stage.sections}
-    assert read == set(Params.model_fields), "a section that no stage reads"
+    assert read == set(Params.model_fields) - {"cluster"}, "a section that neither a stage nor the compiler reads"
 
 
 def test_every_target_exists() -> None:

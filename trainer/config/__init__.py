@@ -7,13 +7,14 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from trainer.config.base import Section
+from trainer.config.cluster import Cluster
 from trainer.config.data import Data, Task
 from trainer.config.model import FAMILIES, Model, NgramBag
 from trainer.config.stages import Distill, Evaluate, Promote, Quantize, Tune
 from trainer.config.train import Parallel, Train
 
 __all__ = [
-    "Data", "Distill", "Evaluate", "Model", "Parallel", "Params", "Promote", "Quantize", "Section", "Task", "Train", "Tune",
+    "Cluster", "Data", "Distill", "Evaluate", "Model", "Parallel", "Params", "Promote", "Quantize", "Section", "Task", "Train", "Tune",
 ]  # fmt: skip
 
 
@@ -30,6 +31,7 @@ class Params(Section):
     quantize: Quantize = Field(default=Quantize(), description=Quantize.__doc__)
     evaluate: Evaluate = Field(default=Evaluate(), description=Evaluate.__doc__)
     promote: Promote = Field(default=Promote(), description=Promote.__doc__)
+    cluster: Cluster = Field(default=Cluster(), description=Cluster.__doc__)
 
     @model_validator(mode="after")
     def _family_learns_task(self) -> Self:
