@@ -28,6 +28,9 @@ from trainer.stage import STAGES, execute
 _BETWEEN_WORDS = re.compile(r"\s*\n\s*|\s+(?=[A-Za-z_][\w-]*(?:\.[\w-]+)+=)")
 
 # KFP mounts object stores below these folders; the path inside is the URI without its scheme.
+# Name of the parameter that holds a section of params.yaml as JSON text: sections and artifacts may share a name.
+SECTION = "{}_params"
+
 _MOUNTS = {"minio://": "/minio/", "s3://": "/s3/", "gs://": "/gcs/", "oci://": "/oci/"}
 
 

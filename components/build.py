@@ -1,0 +1,115 @@
+"""Container components, made from the stage table: each runs `python -m trainer STAGE --executor-input '{{$}}'`.
+
+A component's inputs are the artifacts of its stage, the sections of params.yaml that the stage reads, each as JSON text
+(so that KFP's cache key holds what the stage reads and nothing else), the data's version and the store.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from kfp import dsl
+
+from components.table import KINDS, TASKS, Task, describe, image
+from trainer.config import Params
+from trainer.executor import SECTION
+from trainer.stage import STAGES
+
+COMMAND = ["python", "-m", "trainer"]
+# What `configure` puts out beside the sections: name -> what it says.
+SWITCHES = {
+    "data_version": "version of the raw data: DVC's md5 of it",
+    "proceed": "true unless there is nothing new to train on",
+    "tune": "whether to search for hyper-parameters",
+    "distill": "whether to distil a student",
+    "quantize": "whether to quantise",
+}
+_RUN_FORM: dict[str, tuple[type, Any, str]] = {
+    "preset": (str, "text-classify", "name of a complete configuration, see `millrace preset ls`"),
+    "params": (str, "", "text of a params.yaml; takes the place of the preset"),
+    "data": (str, "", "URI of the raw data, as data.source: s3://, dvc:REPO@REV:PATH, builtin:NAME or a mounted path"),
+    "overrides": (str, "", "words section.key=value, such as train.lr=1e-3 train.epochs=12"),
+    "trials": (int, 0, "trials of the search; 0 keeps tune.trials"),
+    "nodes": (int, 1, "nodes to train on"),
+    "gpus_per_node": (int, 0, "accelerators of each node; 0 trains on processors"),
+    "store": (str, "", "URI or mounted path where large artifacts go by reference; empty sends them through KFP's own store"),
+    "registry": (str, "", "URI or mounted path of the model registry, as promote.registry"),
+    "only_if_new": (bool, False, "stop, green, if the champion was trained on the same version of the data"),
+}
+
+
+def inputs_of(task: Task) -> Iterator[tuple[str, Any, Any, str]]:
+    """Name, annotation, default and help of each input of a task; `inspect.Parameter.empty` for no default."""
+    none = inspect.Parameter.empty
+    if task.stage == "configure":
+        for name, (kind, default, text) in _RUN_FORM.items():
+            yield name, kind, default, text
+        yield "scheduled_at", str, "", "time of the schedule's slot; empty for a run started by hand"
+    elif task.stage == "finish":
+        yield "store", str, "", _RUN_FORM["store"][2]
+        yield "run_name", str, "", "name of the run"
+        yield "run_id", str, "", "id of the run"
+        yield "status", dsl.PipelineTaskFinalStatus, none, "how the run ended"
+    else:
+        stage = STAGES[task.stage]
+        for port, spec in stage.inputs.items():
+            yield port, dsl.Input[artifact(spec.kind)], None if spec.optional else none, spec.help
+        for section in stage.sections:
+            yield SECTION.format(section), str, "{}", f"section {section} of params.yaml, as JSON"
+        yield "data_version", str, "", SWITCHES["data_version"]
+        yield "store", str, "", _RUN_FORM["store"][2]
+
+
+def outputs_of(task: Task) -> Iterator[tuple[str, Any, str]]:
+    """Name, annotation and help of each output of a task."""
+    if task.stage == "configure":
+        for section in Params.model_fields:
+            yield SECTION.format(section), dsl.OutputPath(str), f"section {section} of the checked configuration, as JSON"
+        for name, text in SWITCHES.items():
+            yield name, dsl.OutputPath(str), text
+    elif task.stage != "finish":
+        for port, spec in STAGES[task.stage].outputs.items():
+            yield port, dsl.Output[artifact(spec.kind)], spec.help
+    for view, kind in task.views.items():
+        yield view, dsl.Output[getattr(dsl, kind)], f"{kind} for the run page"
+
+
+def artifact(kind: str) -> Any:
+    """The class of kfp.dsl for an artifact's kind."""
+    return getattr(dsl, KINDS.get(kind, "Artifact"))
+
+
+def component(task: Task, params: Params) -> Any:
+    """The container component of a task, with the image and the retries that params.yaml's `cluster` names."""
+    words = [task.stage]
+    if task.stage in STAGES and params.cluster.retries:
+        words += ["--retries", str(params.cluster.retries), "--backoff", f"{params.cluster.backoff_s:g}"]
+    if task.stage == "promote":
+        words.append("--allow-refusal")
+    words += ["--executor-input", "{{$}}"]
+    inputs, outputs = list(inputs_of(task)), list(outputs_of(task))
+
+    def function(*_: Any, **__: Any) -> dsl.ContainerSpec:
+        return dsl.ContainerSpec(image=image(task, params), command=list(COMMAND), args=list(words))
+
+    required = [each for each in inputs if each[2] is inspect.Parameter.empty]
+    optional = [each for each in inputs if each[2] is not inspect.Parameter.empty]
+    keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    ordered = [
+        *(inspect.Parameter(name, keyword, annotation=kind) for name, kind, _, _ in required),
+        *(inspect.Parameter(name, keyword, annotation=kind) for name, kind, _ in outputs),
+        *(inspect.Parameter(name, keyword, annotation=kind, default=value) for name, kind, value, _ in optional),
+    ]
+    helps = [(name, text) for name, _, _, text in inputs] + [(name, text) for name, _, text in outputs]
+    function.__name__ = task.name.replace("-", "_")
+    function.__doc__ = "\n".join([describe(task), "", "Args:", *(f"    {name}: {text}" for name, text in helps)])
+    function.__annotations__ = {each.name: each.annotation for each in ordered}
+    function.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+    return dsl.container_component(function)
+
+
+def components(params: Params) -> dict[str, Any]:
+    """All container components by the name of their task."""
+    return {name: component(task, params) for name, task in TASKS.items()}

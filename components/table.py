@@ -1,0 +1,92 @@
+"""What each task of the pipeline is in containers: its image, resources, caching and what its run page shows.
+
+One row per stage of `trainer.stage.STAGES`, one for each stage that is switched off, and two around the chain:
+`configure` checks what the run form says, `finish` cleans up and notifies. Imports no kfp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trainer.config import Params
+from trainer.config.cluster import Resources
+from trainer.stage import STAGES
+
+# Artifact kinds of trainer/stage.py -> artifact classes of kfp.dsl.
+KINDS = {"dataset": "Dataset", "model": "Model"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row of the table.
+
+    Attributes:
+        name: as the run page and `millrace status` call it.
+        stage: word after `python -m trainer`.
+        image: data, trainer or launcher.
+        resources: requests, where params.yaml's cluster.resources says nothing else.
+        cached: whether KFP may reuse an earlier result with the same inputs; never where the stage reads a registry.
+        accelerated: whether it gets the accelerators of pipeline input gpus_per_node.
+        views: further outputs: name -> class of kfp.dsl that the run page shows.
+    """
+
+    name: str
+    stage: str
+    image: str
+    resources: Resources
+    cached: bool = True
+    accelerated: bool = False
+    views: dict[str, str] = field(default_factory=dict)
+
+
+_LIGHT = Resources(cpu="100m", memory="512Mi")
+_MEDIUM = Resources(cpu="1", memory="2Gi")
+_HEAVY = Resources(cpu="2", memory="4Gi")
+_SUMMARY = {"summary": "Markdown"}
+_FIGURES = {"metrics": "Metrics", **_SUMMARY}
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("configure", "configure", "data", _MEDIUM, cached=False, views=_SUMMARY),
+        Task("preprocess", "preprocess", "data", _HEAVY, views=_FIGURES),
+        Task("tune", "tune", "trainer", _HEAVY, accelerated=True, views={"search": "HTML", **_FIGURES}),
+        Task("tune-off", "tune", "data", _LIGHT, views={"search": "HTML", **_FIGURES}),
+        Task("train", "train", "trainer", _HEAVY, accelerated=True, views=_FIGURES),
+        Task("distill", "distill", "trainer", _HEAVY, accelerated=True, views=_FIGURES),
+        Task("distill-off", "distill", "data", _LIGHT, views=_FIGURES),
+        Task("quantize", "quantize", "trainer", _HEAVY, views=_FIGURES),
+        Task("quantize-off", "quantize", "trainer", _MEDIUM, views=_FIGURES),
+        Task(
+            "evaluate", "evaluate", "trainer", _HEAVY, cached=False,
+            views={"report": "HTML", "confusion": "ClassificationMetrics", "roc": "ClassificationMetrics", **_FIGURES},
+        ),
+        Task("promote", "promote", "data", _LIGHT, cached=False, views=_FIGURES),
+        Task("finish", "finish", "data", _LIGHT, cached=False),
+    )
+}  # fmt: skip
+
+HELP = {
+    "configure": "check preset, parameters and overrides, find the data's version, and tell whether there is anything to do",
+    "finish": "clean up and tell people how the run ended",
+}
+
+
+def describe(task: Task) -> str:
+    """A sentence on what a task does."""
+    text = HELP.get(task.stage) or STAGES[task.stage].help
+    off = " (switched off: passes its input on)" if task.name.endswith("-off") else ""
+    return f"{text[0].upper()}{text[1:]}{off}."
+
+
+def image(task: Task, params: Params) -> str:
+    """Name of the image that a task runs in."""
+    from trainer import __version__
+
+    return f"{params.cluster.image_prefix}/{task.image}:{params.cluster.image_tag or __version__}"
+
+
+def resources(task: Task, params: Params) -> Resources:
+    """What a task asks for: its own row, with what params.yaml's cluster.resources says for its stage."""
+    asked = params.cluster.resources.get(task.stage, Resources())
+    return Resources(cpu=asked.cpu or task.resources.cpu, memory=asked.memory or task.resources.memory)
