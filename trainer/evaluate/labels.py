@@ -11,6 +11,7 @@ from trainer.artifacts.dataset import Dataset
 from trainer.config import Params
 from trainer.evaluate import latency, metrics, score, significance
 from trainer.evaluate.baseline import Baseline, label_baselines
+from trainer.evaluate.roc import micro_roc
 from trainer.evaluate.subjects import Judged, Subject
 from trainer.log import say
 
@@ -61,6 +62,7 @@ def judge_labels(params: Params, dataset: Dataset, subjects: Mapping[str, Subjec
         "confusion": confusion,
         "per_class": metrics.per_class(confusion),
         "calibration": metrics.calibration(actual, probabilities["candidate"], evaluate.bins)[1],
+        "roc": micro_roc(actual, probabilities["candidate"]),
     }
     names = np.asarray(dataset.labels, dtype=object)
     rows = {

@@ -13,7 +13,7 @@ from trainer.evaluate.subjects import Judged
 
 
 def write_tables(out: Path, judged: Judged, dataset: Dataset, inputs: Mapping[str, Path]) -> None:
-    """Write predictions.parquet, predictions.csv and learning.csv."""
+    """Write predictions.parquet, predictions.csv, learning.csv and, for classifiers, roc.csv."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -27,6 +27,8 @@ def write_tables(out: Path, judged: Judged, dataset: Dataset, inputs: Mapping[st
     else:
         share = [bits / size for bits, size in zip(judged.rows["bits_candidate"], judged.rows["bytes"], strict=True)]
         _write_csv(out / "predictions.csv", ("document", "bits_per_byte"), enumerate(share))
+    if judged.details.get("roc"):
+        _write_csv(out / "roc.csv", ("threshold", "false_positive_rate", "true_positive_rate"), judged.details["roc"])
     rows = []
     for name in ("model", "student"):
         for row in history(inputs[name]):

@@ -4,6 +4,7 @@ metrics.json         all figures, the comparisons and the gate's decision
 scores.json          the part of it that is the same in every run with the same inputs
 predictions.parquet  every test row: what was right, what each model said
 predictions.csv      actual,predicted           for `dvc plots show` (confusion matrix)
+roc.csv              threshold,false_positive_rate,true_positive_rate of a classifier, micro-averaged over its labels
 learning.csv         model,step and figures     for `dvc plots show` (learning curves)
 report.html          the whole run on one page
 """

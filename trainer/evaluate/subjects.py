@@ -46,7 +46,7 @@ class Judged:
         comparisons: other -> comparison of the candidate with it; `student_teacher` compares these two.
         rows: columns of predictions.parquet, all of one length.
         code: `trainer.evaluate.codecheck.check`, for language models of Python.
-        details: what only the report shows: `confusion`, `per_class`, `calibration`, `baselines`.
+        details: what the report and the curves show: `confusion`, `per_class`, `calibration`, `roc`.
     """
 
     metric: str
