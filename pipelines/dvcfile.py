@@ -98,7 +98,7 @@ def unwatched(params: Params) -> list[str]:
     """URIs whose changes DVC does not see: remote ones, and a DVC repository without a revision."""
     source = params.data.source
     if source.startswith("dvc:"):
-        from trainer.data.sources import parse_dvc
+        from trainer.data.dvc_source import parse_dvc
 
         found = [] if parse_dvc(source)[1] else [source]
     else:

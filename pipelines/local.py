@@ -16,6 +16,7 @@ from pipelines.engine import Event, Repro
 from trainer import storage
 from trainer.config import Params
 from trainer.config.load import load, parse_override, read_tree
+from trainer.data.naming import model_name
 from trainer.errors import EXIT_CODES, EXIT_OK, EXIT_REFUSED, StorageError, redact
 from trainer.registry import Registry
 
@@ -44,7 +45,7 @@ def run(overrides: list[str], *, force: bool = False, only: list[str] | None = N
 
 def _run(folder: Path, overrides: list[str], force: bool, only: list[str], lock: int) -> int:
     started = time.monotonic()
-    overrides = [*overrides, *_model_of_new_source(folder, overrides)]
+    overrides = [*overrides, *model_of_new_source(folder, overrides)]
     params = project.configure(folder, overrides)
     project.prepare(folder)
     stages = list(yaml.safe_load((folder / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
@@ -66,8 +67,8 @@ def _run(folder: Path, overrides: list[str], force: bool, only: list[str], lock:
         if not code and not board.ran:
             print(f"  {paint('Up to date', 'bold', 'green')}: nothing has changed, no stage was run.")
         return code
-    champion = _present_champion(params)
-    for line in screen.last_screen(folder, paint, time.monotonic() - started, len(board.ran), champion=champion):
+    champion = present_champion(params)
+    for line in screen.last_screen(Path(OUT), paint, time.monotonic() - started, len(board.ran), champion=champion):
         print(line)
     sys.stdout.flush()
     promotion = screen.read_json(folder / OUT / "promotion" / "promotion.json")
@@ -150,7 +151,7 @@ def champion_moved(params: Params) -> bool:
     return known != (champion.version, champion.digest)
 
 
-def _present_champion(params: Params) -> str | None:
+def present_champion(params: Params) -> str | None:
     """The champion's version; empty if there is none, None if the registry cannot be asked."""
     try:
         champion = Registry(params.promote.registry).champion(params.promote.model)
@@ -159,7 +160,7 @@ def _present_champion(params: Params) -> str | None:
     return champion.version if champion else ""
 
 
-def _model_of_new_source(folder: Path, overrides: list[str]) -> list[str]:
+def model_of_new_source(folder: Path, overrides: list[str]) -> list[str]:
     """`promote.model=NAME` when the data becomes other data and no name is given.
 
     A champion is only beaten on its own test set; a model of other data with other labels is another model.
@@ -169,4 +170,4 @@ def _model_of_new_source(folder: Path, overrides: list[str]) -> list[str]:
     before = (read_tree(folder / project.PARAMS).get("data") or {}).get("source")
     if not source or source == before or "promote.model" in values:
         return []
-    return [f"promote.model={json.dumps(project.model_name(source))}"]  # quoted: the name may be 2024 or null
+    return [f"promote.model={json.dumps(model_name(source))}"]  # quoted: the name may be 2024 or null

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import re
 import shutil
@@ -22,6 +21,7 @@ from trainer import presets, storage
 from trainer.config import Params
 from trainer.config.load import COMMAND_LINE, apply_overrides, load, read_tree, validate
 from trainer.config.text import parse_yaml
+from trainer.data.naming import model_name
 from trainer.errors import ConfigError, DataError, MillraceError
 
 PARAMS = "params.yaml"
@@ -218,17 +218,6 @@ def _make_folder(aside: Path, folder: Path) -> None:
         aside.mkdir(parents=True)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from None
-
-
-def model_name(source: str) -> str:
-    """The name in the registry of a model of this data, made from the data's own name."""
-    stem = Path(source.rstrip("/")).stem.removeprefix("builtin:").lower()
-    name = re.sub(r"[^a-z0-9]+", "-", stem).strip("-")[:50].strip("-")
-    if name and not any(char.isalnum() and not char.isascii() for char in stem):
-        return name
-    # Names in other scripts would all become the same one, and share a registry entry.
-    known_by = stem if any(map(str.isalnum, stem)) else source
-    return f"{name or 'data'}-{hashlib.sha256(known_by.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
 def _check_data(data: Path, params: Params) -> None:

@@ -2,6 +2,7 @@
 
 python -m trainer STAGE --params params.yaml --in NAME=URI --out NAME=URI [section.key=value ...]
 python -m trainer STAGE --executor-input '{{$}}'          # inside Kubeflow Pipelines
+python -m trainer configure --executor-input '{{$}}'      # before the stages; finish: after them
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from trainer import __version__, log
+from trainer import __version__, log, plugins
 from trainer.config.names import nearest
 from trainer.errors import EXIT_CODES, EXIT_FAILURE, EXIT_OK, ConfigError, GateRefused, MillraceError, redact
 from trainer.stage import STAGES, Stage, execute
 
+# What a pipeline runs around its stages: name -> what it does and the module with its `run(executor_input, overrides)`.
+AROUND = {
+    "configure": ("check the run form, find the data's version and what there is to do", "trainer.configure"),
+    "finish": ("clean up after a run and tell people how it ended", "trainer.finish"),
+}
 OPTIONS = (
     "--params",
     "--in",
@@ -28,6 +34,8 @@ OPTIONS = (
     "--log-format",
     "--print-config",
     "--allow-refusal",
+    "--retries",
+    "--backoff",
 )
 
 
@@ -68,6 +76,17 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--allow-refusal", action="store_true", help="exit with 0 when a gate refuses: the output says so"
         )
+        sub.add_argument(
+            "--retries", metavar="N", type=int, default=0, help="run again so often after a signal killed the stage"
+        )
+        sub.add_argument(
+            "--backoff", metavar="S", type=float, default=10.0, help="seconds before the first retry (default: 10)"
+        )
+        sub.add_argument("overrides", metavar="section.key=value", nargs="*", help="override a parameter")
+    for name, (text, _) in AROUND.items():
+        sub = stages.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        sub.add_argument("--executor-input", metavar="JSON", required=True, help="parameters as KFP gives them")
+        sub.add_argument("--log-format", choices=("text", "json"), default="text", help="lines for people or for machines")
         sub.add_argument("overrides", metavar="section.key=value", nargs="*", help="override a parameter")
     return parser
 
@@ -162,6 +181,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> int:
         args = parse_args(argv)
         log.configure(args.log_format)
+        if args.stage in AROUND:
+            around: Callable[..., int] = plugins.load(f"{AROUND[args.stage][1]}:run")
+            return around(args.executor_input, args.overrides)
+        if args.retries > 0:
+            from trainer.supervise import supervise, without
+
+            words = list(sys.argv[1:] if argv is None else argv)
+            return supervise(without(words, ("--retries", "--backoff")), args.retries, max(args.backoff, 0.0))
         # OpenMP's idle threads spin for milliseconds by default, which slows training tenfold on shared cores.
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
         return run_stage(args)

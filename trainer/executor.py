@@ -2,36 +2,85 @@
 
 KFP replaces the placeholder by one line of JSON (ExecutorInput of pipeline_spec.proto) with the URIs of artifacts,
 the values of parameters and the path for the executor output. The backend and local runs differ in names and
-places, so nothing is assumed but what the JSON says. Parameters: `params` (a configuration as YAML or JSON text) and
-`overrides` (a list, or a text: words divided by line breaks, or by spaces before the next key).
+places, so nothing is assumed but what the JSON says. Parameters of a stage:
+
+SECTION_params   a section of params.yaml as JSON text, for each section that the stage reads
+data_version     what the raw data is expected to be; preprocess refuses other data, so that no cache serves it
+store            a URI or mounted path: outputs go there, and KFP's own artifacts only refer to them
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from trainer import storage
+from trainer import storage, views
 from trainer.artifacts import manifest
 from trainer.config import Params
 from trainer.config.load import apply_overrides, validate
 from trainer.config.text import parse_yaml
-from trainer.errors import EXIT_OK, ConfigError, GateRefused
-from trainer.stage import STAGES, execute
+from trainer.errors import EXIT_OK, ConfigError, DataError, GateRefused, StorageError
+from trainer.stage import STAGES, Result, execute
 
-# A space divides words only if a key follows: lists and texts may hold spaces.
-_BETWEEN_WORDS = re.compile(r"\s*\n\s*|\s+(?=[A-Za-z_][\w-]*(?:\.[\w-]+)+=)")
-
-# KFP mounts object stores below these folders; the path inside is the URI without its scheme.
 # Name of the parameter that holds a section of params.yaml as JSON text: sections and artifacts may share a name.
 SECTION = "{}_params"
+# In place of an artifact's files: where they are.
+REFERENCE = "reference.json"
 
+# KFP mounts object stores below these folders; the path inside is the URI without its scheme.
 _MOUNTS = {"minio://": "/minio/", "s3://": "/s3/", "gs://": "/gcs/", "oci://": "/oci/"}
+
+
+@dataclass(frozen=True)
+class Given:
+    """An ExecutorInput: parameter values, first artifact of each input and output port, and where the output goes."""
+
+    values: dict[str, Any]
+    inputs: dict[str, dict[str, Any]]
+    outputs: dict[str, dict[str, Any]]
+    output_file: Path
+
+    @property
+    def store(self) -> str:
+        """Where outputs go by reference; empty if they go through KFP."""
+        return str(self.values.get("store") or "").rstrip("/")
+
+
+def read(text: str) -> Given:
+    """Parse an ExecutorInput.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    with _parsing():
+        given = json.loads(text)
+        inputs, outputs = given.get("inputs", {}), given["outputs"]
+        return Given(
+            dict(inputs.get("parameterValues", {})),
+            _first(inputs.get("artifacts", {})),
+            _first(outputs.get("artifacts", {})),
+            Path(outputs["outputFile"]),
+        )
+
+
+@contextmanager
+def _parsing() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        message = f"--executor-input: not an ExecutorInput: {type(error).__name__}: {error}"
+        raise ConfigError(message, "pass '{{$}}' and let KFP fill it in") from None
+
+
+def _first(ports: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The first artifact of each port; an optional input that was not given is absent, or its list is empty."""
+    found = {port: list(content.get("artifacts", [])) for port, content in ports.items()}
+    return {port: {**artifacts[0], "uri": str(artifacts[0]["uri"])} for port, artifacts in found.items() if artifacts}
 
 
 def local_artifact(uri: str) -> str:
@@ -48,84 +97,152 @@ def run(name: str, text: str, overrides: Sequence[str], scratch: str = "") -> in
     Args:
         name: a name of `STAGES`.
         text: the ExecutorInput.
-        overrides: words `section.key=value` that come after, and win over, those of the JSON.
+        overrides: words `section.key=value` that come after, and win over, the parameters of the JSON.
         scratch: as for `trainer.stage.execute`.
 
     Raises:
         ConfigError: the JSON is not an ExecutorInput, or a parameter is wrong.
+        DataError: the raw data is not of the version that was expected.
         GateRefused: the gate refused; the executor output is written all the same.
     """
-    stage = STAGES[name]
-    with _parsing():
-        given = json.loads(text)
-        inputs = _artifacts(given.get("inputs", {}).get("artifacts", {}), list(stage.inputs))
-        outputs = _artifacts(given["outputs"].get("artifacts", {}), list(stage.outputs))
-        output_file = Path(given["outputs"]["outputFile"])
+    stage, given = STAGES[name], read(text)
     params = parameters(text, overrides)
+    inputs = {
+        port: dereference(local_artifact(given.inputs[port]["uri"])) for port in stage.inputs if port in given.inputs
+    }
+    outputs = {port: place(given, port) for port in stage.outputs if port in given.outputs}
+    metadata: dict[str, dict[str, Any]] = {}
+
+    def after(ins: Mapping[str, Path], outs: Mapping[str, Path], result: Result) -> None:
+        for port, folder in outs.items():
+            found = manifest.read(folder, verify=False)
+            if port in given.outputs and outputs[port] != local_artifact(given.outputs[port]["uri"]):
+                refer(local_artifact(given.outputs[port]["uri"]), outputs[port], found.digest)
+            metadata[port] = _metadata(found, result.metrics)
+        metadata.update(show(given, name, ins, outs, result))
+
+    if given.store and not scratch and not storage.is_remote(given.store):
+        scratch = f"{given.store}/.scratch"  # a retried pod finds the checkpoints of the one that was lost
     refused: GateRefused | None = None
     try:
-        metrics = execute(name, params, inputs, outputs, scratch).metrics
+        execute(name, params, inputs, outputs, scratch, expect=_expected(given, name), after=after)
     except GateRefused as error:
-        refused, metrics = error, error.metrics
-    content = json.dumps(_output(given, outputs, metrics), allow_nan=False)
-    storage.write_atomic(output_file, content.encode())
+        refused = error
+    write(given, metadata)
     if refused:
         raise refused
     return EXIT_OK
 
 
-@contextmanager
-def _parsing() -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        message = f"--executor-input: not an ExecutorInput: {type(error).__name__}: {error}"
-        raise ConfigError(message, "pass '{{$}}' and let KFP fill it in") from None
+def _expected(given: Given, name: str) -> Any:
+    """A check of preprocess's output: data that changed since `configure` must not be cached under the old version."""
+    version = str(given.values.get("data_version") or "")
+
+    def check(meta: Mapping[str, Any]) -> None:
+        if version and name == "preprocess" and meta.get("data_version") != version:
+            message = f"data.source: the data changed while the run began: version {meta.get('data_version')}, not {version}"
+            raise DataError(message, "start the run again")
+
+    return check
 
 
 def parameters(text: str, overrides: Sequence[str]) -> Params:
-    """The configuration that an ExecutorInput's parameters `params` and `overrides` and further overrides make.
+    """The configuration that an ExecutorInput's sections and further overrides make.
 
     Raises:
         ConfigError: the JSON is not an ExecutorInput, or a parameter is wrong.
     """
-    with _parsing():
-        values = dict(json.loads(text).get("inputs", {}).get("parameterValues", {}))
-    tree = values.get("params") or {}
-    if isinstance(tree, str):
-        tree = parse_yaml(tree, "parameter params")
-    if tree is not None and not isinstance(tree, dict):
-        raise ConfigError("parameter params: must be a mapping of sections", "pass the text of a params.yaml")
-    words = values.get("overrides") or []
-    if isinstance(words, str):
-        words = [word for word in _BETWEEN_WORDS.split(words.strip()) if word]
-    if not isinstance(words, list):
-        raise ConfigError("parameter overrides: must be a list or a text", "for example train.lr=1e-3 train.epochs=2")
-    return validate(apply_overrides(tree or {}, [*map(str, words), *overrides]), "parameter params")
+    values = read(text).values
+    tree: dict[str, Any] = {}
+    for section in Params.model_fields:
+        content = values.get(SECTION.format(section))
+        if isinstance(content, str):
+            content = parse_yaml(content, f"parameter {SECTION.format(section)}")
+        if content is not None and not isinstance(content, dict):
+            raise ConfigError(
+                f"parameter {SECTION.format(section)}: must be a mapping", f"pass the section {section} as JSON"
+            )
+        if content:
+            tree[section] = content
+    return validate(apply_overrides(tree, overrides), "parameters")
 
 
-def _artifacts(ports: Mapping[str, Any], wanted: list[str]) -> dict[str, str]:
-    """Name -> local path of the first artifact of each port that the stage knows; `executor-logs` and metrics are skipped.
+def place(given: Given, port: str) -> str:
+    """Where an output's files go: KFP's own path, or below the store by run, task and attempt, as in KFP's URI."""
+    uri = given.outputs[port]["uri"]
+    if not given.store:
+        return local_artifact(uri)
+    return "/".join([given.store, *PurePosixPath(local_artifact(uri)).parts[-4 if "://" in uri else -3 :]])
 
-    An optional input that was not given is absent, or its list is empty.
+
+def refer(path: str, uri: str, digest: str) -> None:
+    """Leave a reference to an artifact's files in place of the artifact."""
+    content = json.dumps({"uri": uri, "digest": digest})
+    storage.write_atomic(Path(path) / REFERENCE, content.encode())
+
+
+def dereference(path: str) -> str:
+    """Where an input's files are: the path itself, or what its reference names.
+
+    Raises:
+        StorageError: the reference is none.
     """
-    lists = {port: ports[port].get("artifacts", []) for port in wanted if port in ports}
-    return {port: local_artifact(artifacts[0]["uri"]) for port, artifacts in lists.items() if artifacts}
+    reference = Path(path) / REFERENCE
+    if storage.is_remote(path) or not reference.is_file():
+        return path
+    try:
+        uri = json.loads(reference.read_bytes())["uri"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise StorageError(f"{reference}: not a reference", "run the stage that makes it again") from None
+    return str(uri)
 
 
-def _output(given: Mapping[str, Any], outputs: Mapping[str, str], metrics: Mapping[str, float]) -> dict[str, Any]:
-    """The ExecutorOutput: each artifact with flat metadata (strings and numbers; a null would fail the task)."""
+def _metadata(found: manifest.Manifest, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """Flat metadata of an artifact: strings and finite numbers (a null would fail the task)."""
+    version = found.meta.get("data_version") or found.record.get("data_version")
+    figures = {key: float(value) for key, value in metrics.items() if math.isfinite(value)}
+    return {**figures, "digest": found.digest, "data_version": str(version or "")}
+
+
+def show(
+    given: Given, name: str, inputs: Mapping[str, Path], outputs: Mapping[str, Path], result: Result
+) -> dict[str, dict[str, Any]]:
+    """Write what the run page shows, for each view that was asked for; returns their metadata."""
+    metadata: dict[str, dict[str, Any]] = {}
+    wanted = {port: Path(local_artifact(given.outputs[port]["uri"])) for port in given.outputs}
+    if "summary" in wanted:
+        text = views.summary(name, inputs, outputs, result.metrics)
+        storage.write_atomic(wanted["summary"], text.encode())
+        metadata["summary"] = {}
+    for port, page in views.pages(name, outputs).items():
+        if port in wanted:
+            storage.write_atomic(wanted[port], page.read_bytes())
+            metadata[port] = {}
+    if "metrics" in wanted:
+        metadata["metrics"] = dict(views.metrics(name, result.metrics, outputs))
+    if {"confusion", "roc"} & set(wanted):
+        found = views.classification(outputs)
+        for port, key in (("confusion", "confusionMatrix"), ("roc", "confidenceMetrics")):
+            if port in wanted and key in found:
+                metadata[port] = {key: found[key]}
+    return metadata
+
+
+def write(given: Given, metadata: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any] | None = None) -> None:
+    """Write the ExecutorOutput.
+
+    Args:
+        given: the ExecutorInput.
+        metadata: for each artifact that was made; others are left out, `executor-logs` among them.
+        values: output parameters.
+    """
     artifacts = {}
-    for port, path in outputs.items():
-        entry = given["outputs"]["artifacts"][port]["artifacts"][0]
-        # No other fields: the backend fails a task whose output has one that its version does not know.
-        entry = {key: entry[key] for key in ("name", "type", "uri") if key in entry}
-        metadata: dict[str, str | int | float] = {
-            key: float(value) for key, value in metrics.items() if math.isfinite(value)
-        }
-        if not storage.is_remote(path):
-            found = manifest.read(path, verify=False)
-            version = found.meta.get("data_version") or found.record.get("data_version")
-            metadata |= {"digest": found.digest, "data_version": str(version or "")}
-        artifacts[port] = {"artifacts": [{**entry, "metadata": metadata}]}
-    return {"artifacts": artifacts}
+    for port, fields in metadata.items():
+        if port in given.outputs:
+            # No other fields: the backend fails a task whose output has one that its version does not know.
+            entry = {key: given.outputs[port][key] for key in ("name", "type", "uri") if key in given.outputs[port]}
+            artifacts[port] = {"artifacts": [{**entry, "metadata": dict(fields)}]}
+    content: dict[str, Any] = {"artifacts": artifacts}
+    if values:
+        content["parameterValues"] = dict(values)
+    storage.write_atomic(given.output_file, json.dumps(content, allow_nan=False).encode())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
@@ -167,7 +167,14 @@ STAGES: dict[str, Stage] = {
 
 
 def execute(
-    name: str, params: Params, inputs: Mapping[str, str], outputs: Mapping[str, str], scratch: str = ""
+    name: str,
+    params: Params,
+    inputs: Mapping[str, str],
+    outputs: Mapping[str, str],
+    scratch: str = "",
+    *,
+    expect: Callable[[Mapping[str, Any]], None] | None = None,
+    after: Callable[[Mapping[str, Path], Mapping[str, Path], Result], None] | None = None,
 ) -> Result:
     """Run a stage: check its inputs, build its outputs, publish them with their records.
 
@@ -177,6 +184,8 @@ def execute(
         inputs: name -> URI of each input folder.
         outputs: name -> URI of each output folder.
         scratch: folder for state that outlives a kill; by default `.scratch` beside the first output.
+        expect: called with each output's meta before anything is published; what it raises fails the stage.
+        after: called with the local folders of inputs and finished outputs, and the result.
 
     Raises:
         ConfigError: a port is unknown, missing or given twice.
@@ -204,11 +213,15 @@ def execute(
                 folders = {port: stack.enter_context(building(target)) for port, target in targets.items()}
                 result: Result = plugins.load(stage.target)(Call(params, local, folders, working))
                 for port, folder in folders.items():
+                    if expect:
+                        expect(result.meta.get(port, {}))
                     record = make_record(name, clock, sections | result.params, manifests, result.metrics)
                     manifest.seal(folder, stage.outputs[port].kind, result.meta.get(port, {}), record, result.volatile)
             for port, uri in outputs.items():
                 if storage.is_remote(uri):
                     storage.send(targets[port], uri)
+            if after:
+                after(local, targets, result)
     if result.gate_reason:
         raise GateRefused(result.gate_reason, metrics=result.metrics)
     return result

@@ -15,6 +15,7 @@ from pipelines.cli import main
 from trainer import presets, storage
 from trainer.config.load import apply_overrides, load, read_tree
 from trainer.config.text import parse_yaml
+from trainer.data.naming import model_name
 from trainer.errors import MillraceError, StorageError
 from trainer.stage import STAGES
 
@@ -170,9 +171,9 @@ def test_other_data_is_another_model_unless_a_name_is_given(in_folder: Path) -> 
         ("builtin:stdlib-modules", ['promote.model="stdlib-modules"']),
         ("builtin:stdlib-functions", []),
     ):
-        assert local._model_of_new_source(in_folder, [f"data.source={source}"]) == expected
-    assert local._model_of_new_source(in_folder, ["data.source=x.csv", "promote.model=mine"]) == []
-    assert local._model_of_new_source(in_folder, ["train.lr=1"]) == []
+        assert local.model_of_new_source(in_folder, [f"data.source={source}"]) == expected
+    assert local.model_of_new_source(in_folder, ["data.source=x.csv", "promote.model=mine"]) == []
+    assert local.model_of_new_source(in_folder, ["train.lr=1"]) == []
 
 
 def test_no_scm_follows_git(in_folder: Path) -> None:
@@ -241,25 +242,25 @@ def test_new_names_the_model_after_the_data_unless_it_is_named(in_folder: Path) 
     for folder, words, name in (("a", [], "my-rows"), ("b", ["promote.model=mine"], "mine")):
         assert main(["new", folder, "--data", "My rows.csv", *words]) == 0
         assert load(in_folder / folder / "params.yaml").promote.model == name
-    assert local._model_of_new_source(in_folder, ["data.source=data/My rows.csv"]) == ['promote.model="my-rows"']
+    assert local.model_of_new_source(in_folder, ["data.source=data/My rows.csv"]) == ['promote.model="my-rows"']
 
 
 @pytest.mark.parametrize("name", ["2024", "null", "true", "1e3"])
 def test_a_model_may_be_named_like_a_number(name: str, in_folder: Path) -> None:
     (in_folder / f"{name}.csv").write_text("text,label\nhello,1\n", encoding="utf-8")
     words = [f"data.source={name}.csv"]
-    assert load("params.yaml", [*words, *local._model_of_new_source(in_folder, words)]).promote.model == name
+    assert load("params.yaml", [*words, *local.model_of_new_source(in_folder, words)]).promote.model == name
     assert main(["new", "there", "--data", f"{name}.csv"]) == 0
     assert load(in_folder / "there" / "params.yaml").promote.model == name
 
 
 def test_names_in_other_scripts_are_models_of_their_own() -> None:
     sources = ["отзывы.csv", "письма.csv", "письма-1.csv", "отзывы-1.csv", "标签/*.csv", "rows/*.csv", "/dev/*"]
-    names = [project.model_name(source) for source in sources]
+    names = [model_name(source) for source in sources]
     assert len(set(names)) == len(sources)
     assert all(re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", name) for name in names), names
-    assert project.model_name("data/отзывы.csv") == names[0], "the place does not matter"
-    assert project.model_name("x" * 300) == "x" * 50
+    assert model_name("data/отзывы.csv") == names[0], "the place does not matter"
+    assert model_name("x" * 300) == "x" * 50
 
 
 @pytest.mark.parametrize("there", [True, False])

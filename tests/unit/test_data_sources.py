@@ -15,7 +15,8 @@ import pytest
 
 from trainer.config.load import validate
 from trainer.data import builtin
-from trainer.data.sources import parse_dvc, resolve
+from trainer.data.dvc_source import parse_dvc
+from trainer.data.sources import resolve
 from trainer.data.version import data_version
 from trainer.errors import DataError, StorageError
 from trainer.stage import execute

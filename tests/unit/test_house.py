@@ -72,7 +72,7 @@ def test_imports_go_one_way(package: str) -> None:
         for path in CODE
         if path.is_relative_to(ROOT / package) and (found := imports(path) & FORBIDDEN[package])
         # The one reader of `dvc:` sources.
-        if (str(path.relative_to(ROOT)), found) != ("trainer/data/sources.py", {"dvc"})
+        if (str(path.relative_to(ROOT)), found) != ("trainer/data/dvc_source.py", {"dvc"})
     }
     assert not wrong
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import glob
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trainer import storage
-from trainer.data import builtin
-from trainer.data.version import data_version, file_md5, listing_md5
+from trainer.data import builtin, dvc_source
+from trainer.data.version import data_version, file_md5, listing_md5, stream_md5
 from trainer.errors import DataError
 
 FORMATS = {
@@ -56,13 +55,50 @@ def resolve(source: str, form: str, work: Path) -> Source:
         builtin.write(name, path)
         return Source([RawFile(path, name, "jsonl")], file_md5(path))
     if source.startswith("dvc:"):
-        root = _from_dvc(source, work / "fetched")
+        root = dvc_source.fetch(source, work / "fetched")
     elif storage.is_remote(source):
         root = _from_store(source, work / "fetched")
     else:
         with storage.explained(source):
             return _local(source, form)
     return _listed(root, source, form)
+
+
+def version(source: str, form: str, work: Path) -> str:
+    """The version of a source as `resolve` finds it, without a copy on this machine of what is far away.
+
+    Raises:
+        DataError: there is nothing, or nothing of a known format.
+        StorageError: a URI cannot be read.
+    """
+    if source.startswith("dvc:"):
+        return dvc_source.md5(source) or resolve(source, form, work).version
+    if not storage.is_remote(source):
+        return resolve(source, form, work).version
+    fs, place = storage.filesystem(source)
+    with storage.explained(source):
+        if not glob.has_magic(source) and fs.isfile(place):
+            return _remote_md5(fs, place)
+        names = _remote_files(fs, place, source)
+        return listing_md5((name, _remote_md5(fs, key)) for key, name in names.items())
+
+
+def _remote_files(fs: Any, place: str, source: str) -> dict[str, str]:
+    """Key -> relative path of the objects below a prefix, or of those that match a glob."""
+    place = place.rstrip("/")
+    if glob.has_magic(source):
+        keys = sorted(str(name) for name in fs.glob(place) if fs.isfile(name))
+        root = os.path.commonpath([str(PurePosixPath(name).parent) for name in keys]) if keys else ""
+    else:
+        keys, root = [str(key) for key in fs.find(place) if not str(key).endswith("/")], place
+    if not keys:
+        raise DataError(f"data.source: {source}: no object matches", "correct the URI")
+    return {key: key.removeprefix(root).lstrip("/") for key in keys}
+
+
+def _remote_md5(fs: Any, key: str) -> str:
+    with fs.open(key, "rb") as file:
+        return stream_md5(file)
 
 
 def _local(source: str, form: str) -> Source:
@@ -140,44 +176,3 @@ def _from_store(source: str, cache: Path) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             fs.get_file(name, str(target))
     return cache
-
-
-def _from_dvc(source: str, cache: Path) -> Path:
-    """Copy a file or folder out of a DVC repository: `dvc:REPO@REV:PATH` (REV may be left out)."""
-    os.environ.setdefault("DVC_NO_ANALYTICS", "1")
-    repo, rev, path = parse_dvc(source)
-    try:
-        from dvc.api import DVCFileSystem
-    except ImportError:
-        raise DataError(f"data.source: {source}: DVC is not installed", "pip install dvc") from None
-    target = cache / PurePosixPath(path).name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        fs: Any = DVCFileSystem(url=repo, rev=rev or None)
-        if not fs.exists(path):
-            raise DataError(f"data.source: {source}: the repository has no {path}", "correct the path or the revision")
-        fs.get(path, str(target), recursive=fs.isdir(path))
-    except DataError:
-        raise
-    except Exception as error:  # DVC, Git and each remote raise classes of their own
-        shutil.rmtree(cache, ignore_errors=True)
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"data.source: {source}: {reason}", "check repository, revision and path") from None
-    return target
-
-
-def parse_dvc(source: str) -> tuple[str, str, str]:
-    """`dvc:REPO@REV:PATH` -> (repository, revision or "", path). The repository may hold `:` and `@`, the path neither."""
-    repo, _, path = source.removeprefix("dvc:").rpartition(":")
-    head, at, rev = repo.rpartition("@")
-    # The @ of user@host comes before the path of a URL, or before the : of git@host:path, which no revision has.
-    is_user = "://" in head and "/" not in head.partition("://")[2]
-    if at and head and not is_user and ":" not in rev:
-        repo = head
-    else:
-        rev = ""
-    if not repo or not path:
-        raise DataError(
-            f"data.source: {source}: not of the form dvc:REPO@REV:PATH", "for example dvc:.@v1:data/raw.csv"
-        )
-    return repo, rev, path

@@ -6,16 +6,22 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 _BLOCK = 1 << 20
 
 
 def file_md5(path: Path) -> str:
     """Hex md5 of a file's bytes, as in its .dvc file."""
-    digest = hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
+        return stream_md5(file)
+
+
+def stream_md5(file: BinaryIO) -> str:
+    """Hex md5 of what is left in an open file."""
+    digest = hashlib.md5(usedforsecurity=False)
+    while block := file.read(_BLOCK):
+        digest.update(block)
     return digest.hexdigest()
 
 

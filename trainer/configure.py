@@ -1,0 +1,199 @@
+"""The first task of a pipeline run: check what the run form says, find the data's version, and what there is to do.
+
+python -m trainer configure --executor-input '{{$}}'
+
+Nothing downstream is run with a wrong parameter: all of them are checked here, in a second, before a large image is
+pulled. Each section of the configuration becomes an output parameter of its own, so that a stage is run again only if
+what it reads has changed. Parameters: those of the run form (components/build.py).
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer import executor, log, presets, storage
+from trainer.config import Params
+from trainer.config.load import apply_overrides, parse_override, validate
+from trainer.config.text import parse_yaml
+from trainer.data.naming import model_name
+from trainer.config.words import split_words
+from trainer.errors import EXIT_OK, ConfigError
+from trainer.registry import Registry
+from trainer.views.markdown import code, prose, table
+
+# Where a registry goes that nobody asked for: it lives as long as the container.
+_NOWHERE = "/tmp/millrace/registry"  # noqa: S108
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is to do.
+
+    Attributes:
+        params: the checked configuration.
+        data_version: DVC's md5 of the raw data.
+        champion: version and data version of the model that is to be beaten; empty if there is none.
+        proceed: whether there is anything to do.
+        warnings: what a person should know.
+    """
+
+    params: Params
+    data_version: str
+    champion: tuple[str, str]
+    proceed: bool
+    warnings: tuple[str, ...] = ()
+
+
+def run(text: str, overrides: Sequence[str]) -> int:
+    """Plan the run as an ExecutorInput says and write the executor output; returns the exit status.
+
+    Raises:
+        ConfigError: a parameter is wrong.
+        DataError: there is no such data.
+    """
+    given = executor.read(text)
+    plan = make(given.values, overrides)
+    params = plan.params
+    tree = params.model_dump(mode="json")
+    values: dict[str, str] = {
+        executor.SECTION.format(section): json.dumps(content, sort_keys=True, ensure_ascii=False)
+        for section, content in tree.items()
+    }
+    switches = {"tune": params.tune.enabled, "distill": params.distill.enabled, "quantize": params.quantize.enabled}
+    values |= {name: str(on).lower() for name, on in (switches | {"proceed": plan.proceed}).items()}
+    values["data_version"] = plan.data_version
+    metadata: dict[str, dict[str, Any]] = {}
+    if "summary" in given.outputs:
+        target = Path(executor.local_artifact(given.outputs["summary"]["uri"]))
+        storage.write_atomic(target, summary(plan, given.values).encode())
+        metadata["summary"] = {}
+    executor.write(given, metadata, values)
+    for warning in plan.warnings:
+        log.say(f"configure: {warning}")
+    off = [name for name, on in switches.items() if not on]
+    log.say(f"configure: data version {plan.data_version}{f', without {chr(44).join(off)}' if off else ''}")
+    if not plan.proceed:
+        log.say(f"configure: nothing new: champion {plan.champion[0]} was trained on this version of the data")
+    return EXIT_OK
+
+
+def make(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Plan:
+    """Plan a run from the values of the run form; `overrides` come last.
+
+    Raises:
+        ConfigError: a parameter is wrong.
+        DataError: there is no such data.
+    """
+    warnings: list[str] = []
+    params = resolve(values, overrides)
+    store = str(values.get("store") or "").rstrip("/")
+    registry = params.promote.registry
+    if not storage.is_remote(registry) and not Path(registry).is_absolute() and not Path(registry).is_dir():
+        # A folder of the container: gone with it. A run without a registry is a run all the same.
+        place = f"{store}/registry" if store else _NOWHERE
+        params = validate(apply_overrides(params.model_dump(mode="json"), {"promote.registry": place}), "parameters")
+        if not store:
+            warnings.append(
+                "no registry was given, so the candidate is compared with the baseline only and no champion is kept; "
+                "set the pipeline input registry to a URI or a mounted path"
+            )
+    version = data_version(params)
+    champion = _champion(params)
+    same = bool(champion[1]) and champion[1] == version
+    proceed = not (same and bool(values.get("only_if_new")))
+    return Plan(params, version, champion, proceed, tuple(warnings))
+
+
+def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Params:
+    """The configuration that the run form asks for.
+
+    Raises:
+        ConfigError: a parameter is wrong; the message names it.
+    """
+    text = str(values.get("params") or "")
+    preset = str(values.get("preset") or presets.DEFAULT)
+    where = "parameter params" if text.strip() else f"preset {preset}"
+    tree = parse_yaml(text if text.strip() else presets.text(preset), where)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where}: must be a mapping of sections", "pass the text of a params.yaml")
+    words = [*split_words(values.get("overrides") or []), *overrides]
+    named = {key for key, _ in map(parse_override, words)}
+    changes: dict[str, Any] = {}
+    if source := str(values.get("data") or ""):
+        changes["data.source"] = source
+        if source != (tree.get("data") or {}).get("source"):
+            changes["promote.model"] = model_name(source)
+    if registry := str(values.get("registry") or ""):
+        changes["promote.registry"] = registry
+    if trials := _count(values, "trials", 0):
+        changes["tune.trials"] = trials
+    if (nodes := _count(values, "nodes", 1)) != 1:
+        raise ConfigError(
+            f"parameter nodes: {nodes}: this pipeline trains in one pod, with as many accelerators as its node has",
+            "set nodes to 1 and gpus_per_node to the number of accelerators",
+        )
+    if (gpus := _count(values, "gpus_per_node", 0)) > 1:
+        changes["train.processes"] = gpus
+    tree = apply_overrides(tree, {key: value for key, value in changes.items() if key not in named})
+    return validate(apply_overrides(tree, words), where)
+
+
+def _count(values: Mapping[str, Any], name: str, least: int) -> int:
+    """A whole number of the run form, which may come as a float."""
+    value = values.get(name)
+    if value is None:
+        return least
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < least:
+        raise ConfigError(
+            f"parameter {name}: must be a whole number from {least} (given {value!r})", "correct the run form"
+        )
+    return int(value)
+
+
+def data_version(params: Params) -> str:
+    """The version of the raw data, without a copy of it where it is far away.
+
+    Raises:
+        DataError: there is no such data.
+    """
+    from trainer.data.sources import version
+
+    with tempfile.TemporaryDirectory(prefix="millrace-") as work:
+        return version(params.data.source, params.data.format, Path(work))
+
+
+def _champion(params: Params) -> tuple[str, str]:
+    registry = Registry(params.promote.registry)
+    champion = registry.champion(params.promote.model)
+    if champion is None:
+        return "", ""
+    return champion.version, registry.version(params.promote.model, champion.version).data_version
+
+
+def summary(plan: Plan, values: Mapping[str, Any]) -> str:
+    """A page of Markdown on what the run is to do."""
+    params = plan.params
+    rows = [
+        ("data", code(params.data.source)),
+        ("data version", code(plan.data_version)),
+        ("task", code(params.task.name)),
+        ("model", code(params.model.name)),
+        ("search", f"{params.tune.trials} trials over {len(params.tune.space)} parameters" if params.tune.enabled else "off"),
+        ("student", code(params.distill.student.name) if params.distill.enabled else "off"),
+        ("int8", "on" if params.quantize.enabled else "off"),
+        ("registry", code(params.promote.registry)),
+        ("champion", code(plan.champion[0]) if plan.champion[0] else "none"),
+        ("store", code(values.get("store") or "KFP's own")),
+    ]  # fmt: skip
+    if values.get("scheduled_at"):
+        rows.append(("scheduled at", code(values["scheduled_at"])))
+    lines = ["# configure", "", "Every parameter was checked.", "", table(("", ""), rows)]
+    if not plan.proceed:
+        lines += ["", "**Nothing new:** the champion was trained on this version of the data. The run ends here."]
+    lines += [line for warning in plan.warnings for line in ("", f"> **Note:** {prose(warning, 600)}")]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,90 @@
+"""The last task of a pipeline run, whatever became of it: clean up in the store, and tell people.
+
+python -m trainer finish --executor-input '{{$}}'
+
+It runs after success, after a failure and after a cancel. What a killed stage left unfinished in the store is removed:
+a folder without its manifest, which is written last. With MILLRACE_NOTIFY_URL in the environment, from a secret, a
+line is posted there as JSON (`text`, `state`, `run_name`, `run_id`), which Slack, Mattermost and the like show as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from trainer import executor, log, storage
+from trainer.errors import EXIT_OK, redact
+
+NOTIFY_URL = "MILLRACE_NOTIFY_URL"
+_TIMEOUT_S = 10.0
+# KFP gives the exit handler of a run that is being cancelled the state RUNNING.
+_ENDS = {"SUCCEEDED": "is done", "FAILED": "failed", "RUNNING": "was cancelled", "CANCELLED": "was cancelled"}
+
+
+def run(text: str, overrides: Sequence[str] = ()) -> int:
+    """Clean up and notify as an ExecutorInput says; returns the exit status, which is 0 even if nobody can be told."""
+    given = executor.read(text)
+    status = given.values.get("status") or {}
+    if isinstance(status, str):
+        status = json.loads(status or "{}")
+    state = str(status.get("state") or "UNKNOWN").upper()
+    name, identity = (str(given.values.get(key) or "") for key in ("run_name", "run_id"))
+    if given.store and identity:
+        for folder in clean(f"{given.store}/{identity}"):
+            log.say(f"finish: removed what was not finished: {redact(folder)}")
+    line = f"millrace: run {name or identity} {_ENDS.get(state, 'ended')}"
+    log.say(f"finish: {line.removeprefix('millrace: ')}")
+    notify({"text": line, "state": state, "run_name": name, "run_id": identity})
+    executor.write(given, {})
+    return EXIT_OK
+
+
+def clean(prefix: str) -> list[str]:
+    """Remove the artifact folders below a run's folder of the store that have no manifest; returns them.
+
+    Args:
+        prefix: `STORE/RUN`; artifacts are at `TASK/ATTEMPT/PORT` below it.
+    """
+    fs, root = storage.filesystem(prefix if storage.is_remote(prefix) else f"file://{storage.local_path(prefix)}")
+    removed = []
+    with storage.explained(prefix):
+        folders: dict[str, set[str]] = defaultdict(set)
+        for key in fs.find(root) if fs.exists(root) else []:
+            parts = PurePosixPath(str(key).removeprefix(root).lstrip("/")).parts
+            if len(parts) > 3:
+                folders["/".join(parts[:3])].add("/".join(parts[3:]))
+        for folder, files in sorted(folders.items()):
+            if storage.MANIFEST not in files:
+                fs.rm(f"{root}/{folder}", recursive=True)
+                removed.append(f"{prefix}/{folder}")
+    return removed
+
+
+def notify(message: dict[str, Any]) -> None:
+    """Post a message to the URL in the environment, if there is one; a failure is said and forgiven.
+
+    The URL is a secret, so no error that holds it is printed.
+    """
+    url = os.environ.get(NOTIFY_URL, "")
+    if not url:
+        return
+    if not url.startswith(("https://", "http://")):
+        log.say(f"finish: nobody was told: {NOTIFY_URL} is no http URL")
+        return
+    request = urllib.request.Request(  # noqa: S310
+        url, json.dumps(message).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S):  # noqa: S310
+            pass
+    except urllib.error.HTTPError as error:
+        log.say(f"finish: nobody was told: the address answered {error.code}")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        log.say(f"finish: nobody was told: {type(reason).__name__}")
