@@ -52,10 +52,13 @@ lock: ## resolve requirements/*.txt again (needs uv)
 	@uv pip compile $(LOCK) pyproject.toml --extra laptop -o requirements/run.txt
 	@uv pip compile $(LOCK) pyproject.toml --extra laptop --group dev -c requirements/run.txt -o requirements/dev.txt
 	@uv pip compile $(LOCK) pyproject.toml --extra laptop --group dev --group bench -c requirements/dev.txt -o requirements/bench.txt
-	@uv pip compile $(LOCK) pyproject.toml --extra data --extra dvc --extra s3 -c requirements/run.txt -o requirements/data.txt
-	@uv pip compile $(LOCK) pyproject.toml --extra train --extra tune --extra compress --extra evaluate --extra s3 -c requirements/run.txt -o requirements/trainer.txt
-	@uv pip compile $(LOCK) pyproject.toml --extra launcher --extra s3 -c requirements/run.txt -o requirements/launcher.txt
+	@uv pip compile $(LOCK) pyproject.toml --extra data --extra dvc --extra s3 $(HUB) -c requirements/run.txt -o requirements/data.txt
+	@uv pip compile $(LOCK) pyproject.toml --extra train --extra tune --extra compress --extra evaluate --extra s3 $(HUB) $(SQL) -c requirements/run.txt -o requirements/trainer.txt
+	@uv pip compile $(LOCK) pyproject.toml --extra launcher --extra s3 --no-emit-package numpy -c requirements/run.txt -o requirements/launcher.txt
 
+# Requirements of packages in the images that nothing there imports: tokenizers' downloads, and Optuna's databases.
+HUB := $(addprefix --no-emit-package=,huggingface-hub hf-xet httpx2 httpcore2 httpx2-jsfetch truststore)
+SQL := $(addprefix --no-emit-package=,sqlalchemy alembic mako)
 LOCK := --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command "make lock"
 
 clean: ## remove what the pipeline made; the registry and the environment stay
