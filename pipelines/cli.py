@@ -73,6 +73,13 @@ def _add_run(command: Command) -> None:
     )
     sub.add_argument("--force", action="store_true", help="run all stages, changed or not")
     sub.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    sub.add_argument(
+        "--engine",
+        metavar="ENGINE",
+        choices=("laptop", "docker"),
+        default="laptop",
+        help="laptop: processes; docker: the images, by Docker or podman, always all stages (default: laptop)",
+    )
 
 
 def _add_new(command: Command) -> None:

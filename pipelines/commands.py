@@ -37,6 +37,10 @@ def run(args: Namespace) -> int:
     known = ["raw", *STAGES]
     if args.until and args.until not in known:
         raise ConfigError(f"--until {args.until}: no such stage; {nearest(args.until, known)}", "correct the name")
+    if args.engine == "docker":
+        from pipelines import containers
+
+        return containers.run(args.overrides, until=args.until or "")
     return local.run(args.overrides, force=args.force, only=[args.until] if args.until else None)
 
 

@@ -68,7 +68,7 @@ def _run(folder: Path, overrides: list[str], force: bool, only: list[str], lock:
             print(f"  {paint('Up to date', 'bold', 'green')}: nothing has changed, no stage was run.")
         return code
     champion = present_champion(params)
-    for line in screen.last_screen(Path(OUT), paint, time.monotonic() - started, len(board.ran), champion=champion):
+    for line in screen.last_screen(folder, paint, time.monotonic() - started, len(board.ran), champion=champion):
         print(line)
     sys.stdout.flush()
     promotion = screen.read_json(folder / OUT / "promotion" / "promotion.json")

@@ -65,11 +65,12 @@ def size(value: float) -> str:
 class Board:
     """A line for each stage as it runs."""
 
-    def __init__(self, stages: list[str], stream: TextIO | None = None) -> None:
+    def __init__(self, stages: list[str], stream: TextIO | None = None, out: Path = Path(OUT)) -> None:
         self.stream = stream or sys.stdout
         self.live = is_live(self.stream)
         self.paint = Paint(self.stream)
         self.stages = stages
+        self.out = out
         self.unchanged: list[str] = []
         self.ran: list[str] = []
         self._started = 0.0
@@ -112,12 +113,12 @@ class Board:
     def done(self, stage: str) -> None:
         """The running stage is complete."""
         took = seconds(time.monotonic() - self._started)
-        self._line(self.paint("✓", "green"), stage, took, stage_summary(stage, room=self._room()))
+        self._line(self.paint("✓", "green"), stage, took, stage_summary(stage, self.out, room=self._room()))
 
     def restored(self, stage: str) -> None:
         """DVC had the stage's result of an earlier run with the same inputs."""
         self._flush_unchanged()
-        self._line(self.paint("✓", "green"), stage, "cached", stage_summary(stage, room=self._room()))
+        self._line(self.paint("✓", "green"), stage, "cached", stage_summary(stage, self.out, room=self._room()))
 
     def skipped(self, stage: str) -> None:
         """Nothing changed for this stage."""
@@ -299,16 +300,19 @@ def _cell(key: str, value: Any) -> str:
     return f"{value:.2f} ms" if key.endswith("_ms") else f"{value:.4f}"
 
 
-def last_screen(folder: Path, paint: Paint, took: float, ran: int, *, champion: str | None = None) -> list[str]:
+def last_screen(
+    folder: Path, paint: Paint, took: float, ran: int, *, champion: str | None = None, out: str = OUT
+) -> list[str]:
     """What was made, how good it is, the gate's decision and what to do next.
 
-    `champion` is the present one (empty: none); without it, it is the one that the decision left.
+    `champion` is the present one (empty: none); without it, it is the one that the decision left. `out` is the folder,
+    inside `folder`, with an entry for each artifact.
     """
-    out = folder / OUT
-    metrics = read_json(out / "evaluation" / "metrics.json")
-    promotion = read_json(out / "promotion" / "promotion.json")
+    made = folder / out
+    metrics = read_json(made / "evaluation" / "metrics.json")
+    promotion = read_json(made / "promotion" / "promotion.json")
     if not metrics or not promotion:
-        raise MillraceError(f"{out}: the run left no evaluation or no decision", "run `millrace run --force`")
+        raise MillraceError(f"{made}: the run left no evaluation or no decision", "run `millrace run --force`")
     lines = [""]
     lines.append(
         f"  {paint('Done', 'bold', 'green')} in {seconds(took)}."
@@ -329,11 +333,12 @@ def last_screen(folder: Path, paint: Paint, took: float, ran: int, *, champion: 
         changed = f"The champion has changed since this was judged: it was {left or 'none'} then."
         lines += _wrap(f"{changed} `registry ls` tells all; run again to be compared with today's.", 2)
     lines += ["", f"  {paint('Made', 'bold')}"]
+    width = len(f"{out}/") + 24 + (9 if paint.on else 0)
     for path, what in (("quantized", "the model that is served"), ("model", "its teacher"),
                        ("evaluation/report.html", "the whole run on a page")):  # fmt: skip
-        lines.append(f"    {paint(f'{OUT}/{path}', 'cyan'):<{37 if paint.on else 28}}  {what}")
-    task = (read_json(out / "dataset" / "manifest.json").get("meta") or {}).get("task", "classify")
-    return [*lines, "", f"  {paint('Next', 'bold')}", *_next(out, promotion, str(task))]
+        lines.append(f"    {paint(f'{out}/{path}', 'cyan'):<{width}}  {what}")
+    task = (read_json(made / "dataset" / "manifest.json").get("meta") or {}).get("task", "classify")
+    return [*lines, "", f"  {paint('Next', 'bold')}", *_next(made, promotion, str(task))]
 
 
 def _next(out: Path, promotion: Mapping[str, Any], task: str) -> list[str]:
