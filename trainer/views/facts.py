@@ -57,12 +57,14 @@ class Told:
         body: Markdown blocks, in order.
         warnings: sentences that are worth knowing.
         next: sentences: what to look at or to do.
+        outcome: one word for the heading.
     """
 
     lead: str
     body: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     next: list[str] = field(default_factory=list)
+    outcome: str = "done"
 
 
 def read_json(path: Path) -> dict[str, Any]:

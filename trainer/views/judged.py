@@ -14,7 +14,7 @@ from trainer.views.prepared import FEW_ROWS
 _COLUMNS = (
     ("accuracy", "accuracy"), ("macro_f1", "macro-F1"), ("ece", "calibration error"),
     ("bits_per_byte", "bits per byte"), ("perplexity", "perplexity"), ("bytes", "size, bytes"),
-    ("latency_p50_ms", "p50, ms"), ("latency_p99_ms", "p99, ms"), ("throughput_per_s", "inputs per s"),
+    ("latency_p50_ms", "latency p50, ms"), ("latency_p99_ms", "p99, ms"), ("throughput_per_s", "inputs per s"),
 )  # fmt: skip
 _WHO = ("candidate", "student", "teacher", "baseline", "most_frequent", "xz")
 
@@ -26,14 +26,14 @@ def evaluate(facts: Facts) -> Told:
     metric = "bits_per_byte" if "bits_per_byte" in candidate else "accuracy"
     lead = (
         f"Tested what would be served on **{md.number(found['test_rows'])}** rows it has never seen:"
-        f" {dict(_COLUMNS)[metric]} **{md.number(candidate[metric])}**."
+        f" {dict(_COLUMNS)[metric]} **{md.score(candidate[metric])}**."
     )
     decision = f"**{_verdict(gate['decision'])}**: {md.prose(gate['reason'])}."
     better = "less is better" if metric == "bits_per_byte" else "more is better"
     body = [
         md.section("Decision of the gate", decision, f"Level of significance {md.number(gate['alpha'])}; champion before: "
                    + (md.code(gate["champion"]) if gate["champion"] else "none") + "."),
-        md.section("Figures on the test split", _figures(found), f"{dict(_COLUMNS)[metric].capitalize()}: {better}."),
+        md.section("Figures on the test split", _figures(found), f"{dict(_COLUMNS)[metric].capitalize()}: {better}. Latency of one input, throughput in batches, both on one CPU thread."),
         md.section("The candidate against the others", _comparisons(found, metric)),
         md.section("The candidate against the champion", _champion(found.get("champion") or {})),
     ]  # fmt: skip
@@ -48,7 +48,7 @@ def evaluate(facts: Facts) -> Told:
         if refused
         else "Stage promote enters it in the registry and makes it the champion."
     )
-    return Told(lead, body, _warnings(found, metric), next_)
+    return Told(lead, body, _warnings(found, metric), next_, "refused" if refused else "done")
 
 
 def promote(facts: Facts) -> Told:
@@ -83,7 +83,7 @@ def promote(facts: Facts) -> Told:
     if not promoted:
         steps.append(f"{md.code(f'millrace registry promote {name} {number}')} makes it the champion all the same.")
         steps.append("The report of stage evaluate shows where it errs; more trials or epochs may help.")
-    return Told(lead, [md.table(("", ""), rows, left=2)], warnings, steps)
+    return Told(lead, [md.table(("", ""), rows, left=2)], warnings, steps, "promoted" if promoted else "refused")
 
 
 def _verdict(decision: Any) -> str:
@@ -117,8 +117,8 @@ def _figures(found: Mapping[str, Any]) -> str:
 
 
 def _cell(key: str, value: Any) -> str:
-    if key in ("accuracy", "macro_f1", "ece", "bits_per_byte") and isinstance(value, (int, float)):
-        return f"{value:.4f}"
+    if key in ("accuracy", "macro_f1", "ece", "bits_per_byte"):
+        return md.score(value)
     return md.number(value, 3)
 
 

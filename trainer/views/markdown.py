@@ -61,9 +61,14 @@ def _is_hidden(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") and character not in "\u200c\u200d"
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def number(value: Any, digits: int = 4) -> str:
     """A figure for people: whole numbers with thousands separators, others with `digits` digits that count."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_number(value):
         return NOTHING
     if float(value).is_integer() and (isinstance(value, int) or abs(value) >= 1000):
         return f"{value:,.0f}"
@@ -72,16 +77,23 @@ def number(value: Any, digits: int = 4) -> str:
     return f"{value:.{digits}g}"
 
 
+def score(value: Any) -> str:
+    """A score or a loss, with four decimals."""
+    if not is_number(value):
+        return NOTHING
+    return f"{value:,.4f}"
+
+
 def share(value: Any) -> str:
     """A share between 0 and 1 in percent."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_number(value):
         return NOTHING
     return f"{100 * value:.1f} %"
 
 
 def size(value: Any) -> str:
     """A number of bytes, as people say it: 512 B, 1.3 MB."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_number(value):
         return NOTHING
     for unit in ("B", "kB", "MB", "GB"):
         if abs(value) < 1000:
@@ -92,7 +104,7 @@ def size(value: Any) -> str:
 
 def seconds(value: Any) -> str:
     """A duration: 0.4 s, 12 s, 3 min 05 s, 2 h 10 min."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_number(value):
         return NOTHING
     if value < 59.5:
         return f"{value:.1f} s" if value < 9.95 else f"{value:.0f} s"
@@ -105,12 +117,17 @@ def seconds(value: Any) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """A table whose first `left` columns are flush left and the others, figures, flush right.
 
-    Cells are Markdown already; columns in which no row has a value are left out.
+    Cells are Markdown already; a column, but the first, in which no row has a value is left out.
     """
-    kept = [i for i in range(len(head)) if i < left or any(row[i] not in ("", NOTHING) for row in rows)]
+    kept = [i for i in range(len(head)) if not i or any(row[i] not in ("", NOTHING) for row in rows)]
     rule = [":---" if i < left else "---:" for i in kept]
-    lines = [[head[i] for i in kept], rule, *([row[i] or " " for i in kept] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = [[_apart(i, cells[i]) for i in kept] for cells in (head, *rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
+
+
+def _apart(column: int, cell: str) -> str:
+    # The UI sets the columns of a table with no space between them.
+    return f"&nbsp;&nbsp;{cell}" if column else cell or " "
 
 
 def section(title: str, *parts: str) -> str:

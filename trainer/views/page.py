@@ -52,7 +52,7 @@ def summary(
     facts = Facts(outputs, metrics, first.meta if first else {}, record, temporary, tuple(mounted))
     told = _failed(stage, error) if error else _tell(stage, facts)
     parts = [
-        f"# {stage}: {'failed' if error else 'done'}",
+        f"# {stage}: {told.outcome}",
         told.lead,
         *told.body,
         md.section("Worth knowing", md.bullets(told.warnings)),
@@ -88,6 +88,7 @@ def _failed(stage: str, error: str) -> Told:
             "The log of this step has the lines before it; what follows `fix:` says what to change.",
             "Steps that were done are cached: a new run with the fix goes on from here.",
         ],
+        outcome="failed",
     )
 
 
@@ -96,21 +97,21 @@ def _artifacts(inputs: Mapping[str, Manifest | None], outputs: Mapping[str, Mani
     for direction, manifests in (("in", inputs), ("out", outputs)):
         for port, found in manifests.items():
             if found is None:
-                rows.append((direction, md.code(port), "unreadable here" if direction == "in" else "none", "", "", ""))
+                rows.append((direction, md.code(port), "not readable here", "", "", ""))
                 continue
-            version = found.meta.get("data_version") or found.record.get("data_version") or ""
-            size = sum(file.bytes for file in found.files)
+            version = str(found.meta.get("data_version") or found.record.get("data_version") or "")
+            made = str(found.record.get("started") or "")
             rows.append(
                 (
                     direction,
                     md.code(port),
                     md.code(found.digest[:DIGEST]),
-                    md.code(str(version)[:DIGEST]) if version else "",
-                    md.size(size),
-                    md.code(found.record.get("started", "")),
+                    md.code(version[:DIGEST]) if version else "",
+                    md.code(made) if made else "",
+                    md.size(sum(file.bytes for file in found.files)),
                 )
             )
-    return md.table(("", "artifact", "digest", "data version", "size", "made (UTC)"), rows, left=4) if rows else ""
+    return md.table(("", "artifact", "digest", "data version", "begun (UTC)", "size"), rows, left=5) if rows else ""
 
 
 def _took(record: Mapping[str, object]) -> str:

@@ -129,7 +129,7 @@ def tune(facts: Facts) -> Told:
     trials = [trial for trial in search.get("trials", []) if isinstance(trial, dict)]
     metric = md.code(best["metric"])
     lead = (
-        f"Best of **{len(trials):,}** trials: {metric} **{md.number(best['value'])}** with "
+        f"Best of **{len(trials):,}** trials: {metric} **{md.score(best['value'])}** with "
         + ", ".join(f"{md.code(key)} = {_value(value)}" for key, value in best["params"].items())
         + ". Stage train takes these values."
     )
@@ -156,7 +156,7 @@ def _trials(trials: list[dict[str, Any]], best: Mapping[str, Any], search: Mappi
         (
             f"{trial['number']}{' (best)' if trial['number'] == best.get('trial') else ''}",
             *(_value(trial["params"].get(name, "")) for name in names),
-            md.number(trial["value"]),
+            md.score(trial["value"]),
             md.seconds(trial.get("seconds")),
         )
         for trial in scored[:TRIALS]

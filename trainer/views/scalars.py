@@ -22,10 +22,9 @@ def metrics(stage: str, metrics: Mapping[str, float], outputs: Mapping[str, Path
         outputs: its output folders; those of evaluate hold the figures of the baseline, the teacher and the champion.
     """
     outputs = outputs or {}
-    found = dict(_finite("", metrics))
+    found = dict(_finite("candidate_" if stage == "evaluate" else "", metrics))
     if stage == "evaluate" and "evaluation" in outputs:
-        evaluation = read_json(outputs["evaluation"] / "metrics.json")
-        found = _evaluation(evaluation) or dict(_finite("candidate_", metrics))
+        found |= _evaluation(read_json(outputs["evaluation"] / "metrics.json"))
     if stage == "preprocess" and "dataset" in outputs:
         made = open_manifest(outputs["dataset"])
         meta = made.meta if made else {}

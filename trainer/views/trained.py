@@ -19,14 +19,17 @@ _SETTINGS = (
     "model.name", "train.epochs", "train.max_steps", "train.batch_size", "train.accumulation", "train.optimizer",
     "train.lr", "train.schedule", "train.precision", "train.processes", "train.seed",
 )  # fmt: skip
+_STUDENT = (
+    "distill.student.name", "distill.temperature", "distill.alpha", "distill.epochs", "distill.lr", "distill.teachers",
+)  # fmt: skip
 
 
 def train(facts: Facts) -> Told:
     """Scores on the validation split, the course of training and its settings."""
     meta = facts.meta
     lead = (
-        f"Trained a {md.code(facts.setting('model.name') or 'model')} of **{md.number(meta['num_parameters'])}** parameters"
-        f" in {md.number(meta['steps'])} steps; the best weights are those of step {md.number(meta['best_step'])}:"
+        f"Trained model {md.code(facts.setting('model.name'))} of **{md.number(meta['num_parameters'])}** parameters in"
+        f" {md.number(meta['steps'])} steps; the best weights are those of step {md.number(meta['best_step'])}:"
         f" {headline(meta['val'])}."
     )
     body = [
@@ -57,12 +60,11 @@ def distill(facts: Facts) -> Told:
         warnings.append("The student stays more than 5 % behind: give it more epochs or width (`distill`).")
     if sizes["ratio"] >= 1:
         warnings.append("The student is no smaller than its teacher: nothing is saved by it.")
-    names = ("student.name", "temperature", "alpha", "epochs", "lr")
     return Told(
         lead,
         [
             md.section("Figures on the validation split", _scores(rows)),
-            md.section("Settings", _settings(facts, [f"distill.{name}" for name in names])),
+            md.section("Settings", _settings(facts, _STUDENT)),
         ],
         warnings,
         ["Stage quantize takes the student; stage evaluate compares it with its teacher on the test split."],
@@ -85,7 +87,7 @@ def quantize(facts: Facts) -> Told:
     metric = str(table.get("metric", "val_accuracy"))
     unit = "lost, points" if metric in ("val_accuracy", "val_macro_f1") else "lost, %"
     head = (
-        "variant", "bytes", "of fp32", "p50, ms", "p99, ms", "rows per s", _NAMES.get(metric) or md.code(metric), unit,
+        "variant", "bytes", "of fp32", "latency p50, ms", "p99, ms", "rows per s", _NAMES.get(metric) or md.code(metric), unit,
     )  # fmt: skip
     cells = [
         (
@@ -95,7 +97,7 @@ def quantize(facts: Facts) -> Told:
             md.number(row["latency_p50_ms"], 3),
             md.number(row["latency_p99_ms"], 3),
             md.number(round(row["rows_per_s"])),
-            f"{row['score']:.4f}",
+            md.score(row["score"]),
             f"{row['lost']:+.2f}",
         )
         for row in rows
@@ -132,26 +134,20 @@ def _about_variants(
 def headline(scores: Mapping[str, Any]) -> str:
     """The first known score in words."""
     name = next((name for name in _NAMES if name != "val_loss" and name in scores), "")
-    return f"{_NAMES[name]} **{md.number(scores[name])}**" if name else "no score"
+    return f"{_NAMES[name]} **{md.score(scores[name])}**" if name else "no score"
 
 
 def _scores(rows: Mapping[str, Mapping[str, Any]]) -> str:
     names = [name for name in _NAMES if any(name in scores for scores in rows.values())]
     head = ("", *(_NAMES[name] for name in names))
-    return md.table(head, [(who, *(md.number(scores.get(name)) for name in names)) for who, scores in rows.items()])
+    return md.table(head, [(who, *(md.score(scores.get(name)) for name in names)) for who, scores in rows.items()])
 
 
 def _settings(facts: Facts, names: Sequence[str]) -> str:
+    """Parameters as they were used; those that are 0 or empty, which stands for a default elsewhere, are left out."""
     found = [(name, facts.setting(name)) for name in names]
-    return md.table(
-        ("parameter", "value"),
-        [
-            (md.code(name), md.code(value, 60))
-            for name, value in found
-            if value is not None and not isinstance(value, dict)
-        ],
-        left=2,
-    )
+    rows = [(md.code(name), md.code(value, 60)) for name, value in found if value or name.endswith(("seed", "alpha"))]
+    return md.table(("parameter", "value"), rows, left=2) if rows else ""
 
 
 def _course(meta: Mapping[str, Any]) -> list[str]:
