@@ -6,10 +6,12 @@ Starts in well under half a second: torch, DVC and the rest are imported by the 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from pipelines import cli_kfp
 from trainer import __version__
 from trainer.errors import EXIT_CODES, ConfigError, redact
 
@@ -59,6 +61,7 @@ def build_parser() -> Parser:
     _add_registry(command)
     _add_report(command)
     _add_config(command)
+    cli_kfp.add_commands(command)
     command("version", "print the version", "version")
     return parser
 
@@ -207,10 +210,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["stage"]:
         return _stage(words[1:])
     args = _parse(words)
-    from pipelines import commands
     from trainer.__main__ import exit_status
 
-    handler: Callable[[argparse.Namespace], int] = getattr(commands, args.handler)
+    module = "pipelines.commands_kfp" if args.handler in cli_kfp.COMMANDS else "pipelines.commands"
+    handler: Callable[[argparse.Namespace], int] = getattr(importlib.import_module(module), args.handler)
     return exit_status(lambda: handler(args))
 
 
