@@ -19,12 +19,10 @@ from trainer.stage import STAGES
 
 COMMAND = ["python", "-m", "trainer"]
 # What `configure` puts out beside the sections: name -> what it says.
-SWITCHES = {
+FOUND = {
     "data_version": "version of the raw data: DVC's md5 of it",
     "proceed": "true unless there is nothing new to train on",
-    "tune": "whether to search for hyper-parameters",
-    "distill": "whether to distil a student",
-    "quantize": "whether to quantise",
+    **{f"{name}_gpus": f"accelerators for {name}; 0 if it is switched off" for name, task in TASKS.items() if task.accelerated},
 }
 _RUN_FORM: dict[str, tuple[type, Any, str]] = {
     "preset": (str, "text-classify", "name of a complete configuration, see `millrace preset ls`"),
@@ -43,34 +41,36 @@ _RUN_FORM: dict[str, tuple[type, Any, str]] = {
 def inputs_of(task: Task) -> Iterator[tuple[str, Any, Any, str]]:
     """Name, annotation, default and help of each input of a task; `inspect.Parameter.empty` for no default."""
     none = inspect.Parameter.empty
-    if task.stage == "configure":
+    if task.name == "configure":
         for name, (kind, default, text) in _RUN_FORM.items():
             yield name, kind, default, text
         yield "scheduled_at", str, "", "time of the schedule's slot; empty for a run started by hand"
-    elif task.stage == "finish":
+    elif task.name == "finish":
         yield "store", str, "", _RUN_FORM["store"][2]
         yield "run_name", str, "", "name of the run"
         yield "run_id", str, "", "id of the run"
         yield "status", dsl.PipelineTaskFinalStatus, none, "how the run ended"
     else:
-        stage = STAGES[task.stage]
+        stage = STAGES[task.name]
         for port, spec in stage.inputs.items():
             yield port, dsl.Input[artifact(spec.kind)], None if spec.optional else none, spec.help
         for section in stage.sections:
             yield SECTION.format(section), str, "{}", f"section {section} of params.yaml, as JSON"
-        yield "data_version", str, "", SWITCHES["data_version"]
+        yield "data_version", str, "", FOUND["data_version"]
         yield "store", str, "", _RUN_FORM["store"][2]
+        if task.accelerated:
+            yield "gpus", str, "0", "accelerators of the pod"
 
 
 def outputs_of(task: Task) -> Iterator[tuple[str, Any, str]]:
     """Name, annotation and help of each output of a task."""
-    if task.stage == "configure":
+    if task.name == "configure":
         for section in Params.model_fields:
             yield SECTION.format(section), dsl.OutputPath(str), f"section {section} of the checked configuration, as JSON"
-        for name, text in SWITCHES.items():
+        for name, text in FOUND.items():
             yield name, dsl.OutputPath(str), text
-    elif task.stage != "finish":
-        for port, spec in STAGES[task.stage].outputs.items():
+    elif task.name != "finish":
+        for port, spec in STAGES[task.name].outputs.items():
             yield port, dsl.Output[artifact(spec.kind)], spec.help
     for view, kind in task.views.items():
         yield view, dsl.Output[getattr(dsl, kind)], f"{kind} for the run page"
@@ -83,10 +83,10 @@ def artifact(kind: str) -> Any:
 
 def component(task: Task, params: Params) -> Any:
     """The container component of a task, with the image and the retries that params.yaml's `cluster` names."""
-    words = [task.stage]
-    if task.stage in STAGES and params.cluster.retries:
+    words = [task.name]
+    if task.name in STAGES and params.cluster.retries:
         words += ["--retries", str(params.cluster.retries), "--backoff", f"{params.cluster.backoff_s:g}"]
-    if task.stage == "promote":
+    if task.name == "promote":
         words.append("--allow-refusal")
     words += ["--executor-input", "{{$}}"]
     inputs, outputs = list(inputs_of(task)), list(outputs_of(task))
@@ -103,7 +103,7 @@ def component(task: Task, params: Params) -> Any:
         *(inspect.Parameter(name, keyword, annotation=kind, default=value) for name, kind, value, _ in optional),
     ]
     helps = [(name, text) for name, _, _, text in inputs] + [(name, text) for name, _, text in outputs]
-    function.__name__ = task.name.replace("-", "_")
+    function.__name__ = task.name
     function.__doc__ = "\n".join([describe(task), "", "Args:", *(f"    {name}: {text}" for name, text in helps)])
     function.__annotations__ = {each.name: each.annotation for each in ordered}
     function.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]

@@ -1,7 +1,9 @@
 """What each task of the pipeline is in containers: its image, resources, caching and what its run page shows.
 
-One row per stage of `trainer.stage.STAGES`, one for each stage that is switched off, and two around the chain:
-`configure` checks what the run form says, `finish` cleans up and notifies. Imports no kfp.
+One row per stage of `trainer.stage.STAGES`, and two around the chain: `configure` checks what the run form says,
+`finish` cleans up and notifies. A stage that is switched off is a task all the same, which passes its input on and asks
+for no accelerator: a branch in the graph would cost two pods more than the stage that it saves, and artifacts of
+branches can be joined from KFP 2.17 on only. Imports no kfp.
 """
 
 from __future__ import annotations
@@ -21,8 +23,7 @@ class Task:
     """A row of the table.
 
     Attributes:
-        name: as the run page and `millrace status` call it.
-        stage: word after `python -m trainer`.
+        name: the word after `python -m trainer`, and what the run page and `millrace status` call it.
         image: data, trainer or launcher.
         resources: requests, where params.yaml's cluster.resources says nothing else.
         cached: whether KFP may reuse an earlier result with the same inputs; never where the stage reads a registry.
@@ -31,7 +32,6 @@ class Task:
     """
 
     name: str
-    stage: str
     image: str
     resources: Resources
     cached: bool = True
@@ -48,21 +48,18 @@ _FIGURES = {"metrics": "Metrics", **_SUMMARY}
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("configure", "configure", "data", _MEDIUM, cached=False, views=_SUMMARY),
-        Task("preprocess", "preprocess", "data", _HEAVY, views=_FIGURES),
-        Task("tune", "tune", "trainer", _HEAVY, accelerated=True, views={"search": "HTML", **_FIGURES}),
-        Task("tune-off", "tune", "data", _LIGHT, views={"search": "HTML", **_FIGURES}),
-        Task("train", "train", "trainer", _HEAVY, accelerated=True, views=_FIGURES),
-        Task("distill", "distill", "trainer", _HEAVY, accelerated=True, views=_FIGURES),
-        Task("distill-off", "distill", "data", _LIGHT, views=_FIGURES),
-        Task("quantize", "quantize", "trainer", _HEAVY, views=_FIGURES),
-        Task("quantize-off", "quantize", "trainer", _MEDIUM, views=_FIGURES),
+        Task("configure", "data", _MEDIUM, cached=False, views=_SUMMARY),
+        Task("preprocess", "data", _HEAVY, views=_FIGURES),
+        Task("tune", "trainer", _HEAVY, accelerated=True, views={"search": "HTML", **_FIGURES}),
+        Task("train", "trainer", _HEAVY, accelerated=True, views=_FIGURES),
+        Task("distill", "trainer", _HEAVY, accelerated=True, views=_FIGURES),
+        Task("quantize", "trainer", _HEAVY, views=_FIGURES),
         Task(
-            "evaluate", "evaluate", "trainer", _HEAVY, cached=False,
+            "evaluate", "trainer", _HEAVY, cached=False,
             views={"report": "HTML", "confusion": "ClassificationMetrics", "roc": "ClassificationMetrics", **_FIGURES},
         ),
-        Task("promote", "promote", "data", _LIGHT, cached=False, views=_FIGURES),
-        Task("finish", "finish", "data", _LIGHT, cached=False),
+        Task("promote", "data", _LIGHT, cached=False, views=_FIGURES),
+        Task("finish", "data", _LIGHT, cached=False),
     )
 }  # fmt: skip
 
@@ -74,9 +71,8 @@ HELP = {
 
 def describe(task: Task) -> str:
     """A sentence on what a task does."""
-    text = HELP.get(task.stage) or STAGES[task.stage].help
-    off = " (switched off: passes its input on)" if task.name.endswith("-off") else ""
-    return f"{text[0].upper()}{text[1:]}{off}."
+    text = HELP.get(task.name) or STAGES[task.name].help
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def image(task: Task, params: Params) -> str:
@@ -88,5 +84,5 @@ def image(task: Task, params: Params) -> str:
 
 def resources(task: Task, params: Params) -> Resources:
     """What a task asks for: its own row, with what params.yaml's cluster.resources says for its stage."""
-    asked = params.cluster.resources.get(task.stage, Resources())
+    asked = params.cluster.resources.get(task.name, Resources())
     return Resources(cpu=asked.cpu or task.resources.cpu, memory=asked.memory or task.resources.memory)

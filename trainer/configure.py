@@ -64,9 +64,10 @@ def run(text: str, overrides: Sequence[str]) -> int:
         executor.SECTION.format(section): json.dumps(content, sort_keys=True, ensure_ascii=False)
         for section, content in tree.items()
     }
-    switches = {"tune": params.tune.enabled, "distill": params.distill.enabled, "quantize": params.quantize.enabled}
-    values |= {name: str(on).lower() for name, on in (switches | {"proceed": plan.proceed}).items()}
-    values["data_version"] = plan.data_version
+    gpus = _count(given.values, "gpus_per_node", 0)
+    on = {"tune": params.tune.enabled, "train": True, "distill": params.distill.enabled}
+    values |= {f"{name}_gpus": str(gpus if enabled else 0) for name, enabled in on.items()}
+    values |= {"data_version": plan.data_version, "proceed": str(plan.proceed).lower()}
     metadata: dict[str, dict[str, Any]] = {}
     if "summary" in given.outputs:
         target = Path(executor.local_artifact(given.outputs["summary"]["uri"]))
@@ -75,8 +76,7 @@ def run(text: str, overrides: Sequence[str]) -> int:
     executor.write(given, metadata, values)
     for warning in plan.warnings:
         log.say(f"configure: {warning}")
-    off = [name for name, on in switches.items() if not on]
-    log.say(f"configure: data version {plan.data_version}{f', without {chr(44).join(off)}' if off else ''}")
+    log.say(f"configure: data version {plan.data_version}")
     if not plan.proceed:
         log.say(f"configure: nothing new: champion {plan.champion[0]} was trained on this version of the data")
     return EXIT_OK
