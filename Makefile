@@ -17,16 +17,16 @@ DEV := $(call stamp,dev)
 BENCH := $(call stamp,bench)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint bench fault e2e docs lock clean setup
+.PHONY: help run test lint bench fault e2e images containers docs lock clean setup
 
 help: ## print the targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(RUN) ## raw data in, a promoted model out, with a report; ARGS="train.epochs=12" sets parameters
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/millrace run $(ARGS)
 
 test: $(DEV) ## the tests, in under 8 minutes on 2 cores; ARGS="-k name" chooses
-	@$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not container" $(ARGS)
 
 lint: $(DEV) ## format, lint, types, and that generated files are up to date
 	@$(BIN)/ruff format --check --quiet .
@@ -42,7 +42,25 @@ fault: $(DEV) ## the long fault tests: fifty kills over all stages (the short on
 	@$(BIN)/python -m pytest -n $(JOBS) -m "fault and slow" $(ARGS)
 
 e2e: $(DEV) ## the slow tests: whole presets, the network unplugged
-	@$(BIN)/python -m pytest -m "slow and not fault" $(ARGS)
+	@$(BIN)/python -m pytest -m "slow and not fault and not container" $(ARGS)
+
+# docker if its daemon answers, else podman. The names are as Docker and Kubernetes mean `millrace/data:VERSION`.
+CONTAINER ?= $(shell docker info >/dev/null 2>&1 && echo docker || echo podman)
+BUILD ?= $(CONTAINER) build
+BASE ?= python:3.11-slim
+REGISTRY ?= docker.io/millrace
+IMAGES ?= data trainer launcher
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' trainer/__init__.py)
+
+images: ## build the images; IMAGES="data", BASE=..., REGISTRY=... and BUILD="podman build ..." choose
+	@set -e; for name in $(IMAGES); do echo "== $(REGISTRY)/$$name:$(VERSION)"; \
+	$(BUILD) -t $(REGISTRY)/$$name:$(VERSION) -f images/$$name.Dockerfile --build-arg BASE=$(BASE) \
+	--build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) \
+	--build-arg CREATED=$$(TZ=UTC git log -1 --format=%cd --date=format-local:%Y-%m-%dT%H:%M:%SZ 2>/dev/null) \
+	--build-arg SOURCE=$$(git config remote.origin.url | sed -nE 's|^https?://([^/@]*@)?|https://|p') .; done
+
+containers: $(DEV) images ## the tests that run in the images, over docker or the socket that DOCKER_HOST names
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m container $(ARGS)
 
 docs: $(DEV) ## regenerate dvc.yaml and the generated pages of docs/
 	@$(BIN)/python -m pipelines.dvcfile

@@ -1,0 +1,92 @@
+"""Remove from an environment what no stage reads: `python images/slim.py SITE_PACKAGES`, while an image is built.
+
+Tests, static libraries, sources and symbol tables of extension modules, and parts of large packages that nothing here
+imports: the descriptions of 400 AWS services but those that an object store needs, Arrow's RPC server, a second copy of
+onnxruntime. Code and data that stay are untouched, so results are those of the whole packages.
+"""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import sys
+from pathlib import Path
+
+# Patterns below site-packages; a `**/` is any depth.
+DROP = (
+    "**/tests",
+    "**/*.a",
+    "**/*.pxi",
+    "**/*.pyx",
+    "numpy/_core/include",
+    "onnx/backend/test",
+    "onnxruntime/capi/libonnxruntime.so*",
+    "onnxruntime/datasets",
+    "onnxruntime/tools",
+    "onnxruntime/transformers/models",
+    "pyarrow/_flight.*",
+    "pyarrow/include",
+    "pyarrow/libarrow_flight.so*",
+    "pyarrow/src",
+    "sklearn/datasets/data",
+    "sklearn/datasets/images",
+)
+AWS_SERVICES = frozenset({"s3", "sso", "sso-oidc", "sts"})
+# Linked with their symbol tables, which only debuggers read.
+STRIP = (
+    "cryptography/hazmat/bindings/*.so",
+    "daft/*.so",
+    "pyarrow/*.so",
+    "pyarrow/*.so.*",
+    "pydantic_core/*.so",
+    "tokenizers/*.so",
+)
+
+ELF64 = b"\x7fELF\x02\x01"
+HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
+SEGMENT = struct.Struct("<IIQQQQQQ")
+
+
+def unneeded(site: Path) -> list[Path]:
+    """Files and folders to remove; none lies within another."""
+    found = {path for pattern in DROP for path in site.glob(pattern)}
+    found |= {path for path in site.glob("botocore/data/*") if path.is_dir() and path.name not in AWS_SERVICES}
+    return sorted(path for path in found if not found.intersection(path.parents))
+
+
+def strip(content: bytes) -> bytes:
+    """A shared object without what comes after its last segment: sections that are never loaded, and their table.
+
+    The loader reads the program header only (System V ABI, chapter 5). Other files come back as they are.
+    """
+    if not content.startswith(ELF64):
+        return content
+    fields = list(HEADER.unpack_from(content))
+    offset, size, count = fields[5], fields[9], fields[10]
+    segments = [SEGMENT.unpack_from(content, offset + i * size) for i in range(count)]
+    end = max(offset + size * count, *(segment[2] + segment[5] for segment in segments))
+    fields[6] = fields[12] = fields[13] = 0  # offset of the sections' table, their number, and that of their names
+    return HEADER.pack(*fields) + content[HEADER.size : end]
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    files = [path] if not path.is_dir() else [each for each in path.rglob("*") if not each.is_dir()]
+    return sum(each.lstat().st_size for each in files)
+
+
+def main(site: Path) -> None:
+    """Remove and strip, and print how much that was."""
+    before = size(site)
+    for path in unneeded(site):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    for path in (path for pattern in STRIP for path in site.glob(pattern)):
+        path.write_bytes(strip(path.read_bytes()))
+    print(f"{site}: {before / 1e6:.0f} MB, {size(site) / 1e6:.0f} MB without what no stage reads")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
