@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import posixpath
+import shlex
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
@@ -16,6 +18,7 @@ _COLUMNS = (
     ("bits_per_byte", "bits per byte"), ("perplexity", "perplexity"), ("bytes", "size, bytes"),
     ("latency_p50_ms", "latency p50, ms"), ("latency_p99_ms", "p99, ms"), ("throughput_per_s", "inputs per s"),
 )  # fmt: skip
+_TIMED = "Latency of one input, throughput in batches, both on one CPU thread."
 _WHO = ("candidate", "student", "teacher", "baseline", "most_frequent", "xz")
 
 
@@ -24,19 +27,23 @@ def evaluate(facts: Facts) -> Told:
     found = facts.read("evaluation", "metrics.json")
     gate, candidate = found["gate"], found["candidate"]
     metric = "bits_per_byte" if "bits_per_byte" in candidate else "accuracy"
+    title = dict(_COLUMNS)[metric]
     lead = (
         f"Tested what would be served on **{md.number(found['test_rows'])}** rows it has never seen:"
-        f" {dict(_COLUMNS)[metric]} **{md.score(candidate[metric])}**."
+        f" {title} **{md.score(candidate[metric])}**."
     )
-    decision = f"**{_verdict(gate['decision'])}**: {md.prose(gate['reason'])}."
-    better = "less is better" if metric == "bits_per_byte" else "more is better"
+    order = "less is better" if metric == "bits_per_byte" else "more is better"
     body = [
-        md.section("Decision of the gate", decision, f"Level of significance {md.number(gate['alpha'])}; champion before: "
-                   + (md.code(gate["champion"]) if gate["champion"] else "none") + "."),
-        md.section("Figures on the test split", _figures(found), f"{dict(_COLUMNS)[metric].capitalize()}: {better}. Latency of one input, throughput in batches, both on one CPU thread."),
+        md.section(
+            "Decision of the gate",
+            f"**{_verdict(gate['decision'])}**: {md.prose(gate['reason'])}.",
+            f"Level of significance {md.number(gate['alpha'])}; champion before: "
+            f"{md.code(gate['champion']) if gate['champion'] else 'none'}.",
+        ),
+        md.section("Figures on the test split", _figures(found), f"{title.capitalize()}: {order}. {_TIMED}"),
         md.section("The candidate against the others", _comparisons(found, metric)),
         md.section("The candidate against the champion", _champion(found.get("champion") or {})),
-    ]  # fmt: skip
+    ]
     refused = gate["decision"] != "promoted"
     next_ = ["`report` (HTML) of this step has learning curves, errors by label and examples."]
     if metric == "accuracy":
@@ -54,36 +61,46 @@ def evaluate(facts: Facts) -> Told:
 def promote(facts: Facts) -> Told:
     """What was decided, which version is the champion now, and where the registry is."""
     found = facts.read("promotion", "promotion.json")
-    model, version, champion = md.code(found["model"]), md.code(found["version"]), found.get("champion", "")
+    version, champion, previous = md.code(found["version"]), found.get("champion", ""), found.get("previous", "")
     promoted = found["decision"] == "promoted"
-    lead = f"**{_verdict(found['decision'])}**: {model} {version}. {_sentence(found['reason'])}"
-    previous = found.get("previous", "")
+    lead = f"**{_verdict(found['decision'])}**: {md.code(found['model'])} {version}. {_sentence(found['reason'])}"
     rows = [
-        ("champion now", md.code(champion) if champion else "none"),
-        (
-            "its digest",
-            md.code(str(found.get("champion_digest", ""))[:12]) if found.get("champion_digest") else md.NOTHING,
-        ),
-        ("champion before", md.code(previous) if previous else "none"),
-        ("this candidate", f"{version}, digest {md.code(str(found['digest'])[:12])}"),
+        ("champion now", _version(champion, found.get("champion_digest", ""))),
+        ("champion before", _version(previous, "")),
+        ("this candidate", _version(found["version"], found["digest"])),
         ("registry", md.code(found["registry"], 200)),
     ]
     warnings = []
     if not champion:
         warnings.append("The registry has no champion: nothing of it is served until one is promoted or named.")
-    if facts.temporary and _is_lost(str(found["registry"]), facts.mounted):
+    lost = facts.temporary and _is_lost(str(found["registry"]), facts.mounted)
+    if lost:
         warnings.append(
             "**The registry ends with this step**: `promote.registry` is a folder inside its container, so no later run"
             " finds this version or champion. Set `promote.registry` to a URI (`s3://…`) or to a mounted volume."
         )
-    name, number = found["model"], found["version"]
-    steps = [f"{md.code(f'millrace registry show {name} {number}')} shows its figures and where it comes from."]
-    if promoted and previous and previous != found.get("champion"):
-        steps.append(f"{md.code(f'millrace registry rollback {name}')} takes it back.")
+    steps = [] if lost else _commands(found, promoted)
     if not promoted:
-        steps.append(f"{md.code(f'millrace registry promote {name} {number}')} makes it the champion all the same.")
         steps.append("The report of stage evaluate shows where it errs; more trials or epochs may help.")
     return Told(lead, [md.table(("", ""), rows, left=2)], warnings, steps, "promoted" if promoted else "refused")
+
+
+def _version(version: Any, digest: Any) -> str:
+    if not version:
+        return "none"
+    return md.code(version) + (f", digest {md.code(str(digest)[:12])}" if digest else "")
+
+
+def _commands(found: Mapping[str, Any], promoted: bool) -> list[str]:
+    """What can be done about the decision, in words to copy."""
+    registry, model, version = (shlex.quote(str(found[key])) for key in ("registry", "model", "version"))
+    said = f"millrace registry --uri {registry}"
+    commands = [(f"{said} show {model} {version}", "shows its figures and where it comes from")]
+    if promoted and found.get("previous") not in ("", None, found.get("champion")):
+        commands.append((f"{said} rollback {model}", "takes the decision back"))
+    if not promoted:
+        commands.append((f"{said} promote {model} {version}", "makes it the champion all the same"))
+    return [f"{md.code(command, 300)} {words}." for command, words in commands]
 
 
 def _verdict(decision: Any) -> str:
@@ -99,8 +116,8 @@ def _is_lost(registry: str, mounted: tuple[str, ...]) -> bool:
     """Whether a registry is a local folder that is not below one of those that outlive the container."""
     if storage.is_remote(registry):
         return False
-    path = PurePosixPath(registry.removeprefix("file://"))
-    return not any(path.is_relative_to(PurePosixPath(each)) for each in mounted)
+    path = PurePosixPath(posixpath.normpath(registry.removeprefix("file://")))
+    return not any(path.is_relative_to(each) for each in mounted)
 
 
 def _figures(found: Mapping[str, Any]) -> str:
@@ -111,7 +128,8 @@ def _figures(found: Mapping[str, Any]) -> str:
             continue
         name = f"{who.replace('_', ' ')}"
         if "name" in figures:
-            name = f"baseline: {md.prose(figures['name'])}"
+            # A packer is no model: it is there for scale, and not part of the gate.
+            name = f"{'for scale' if who == 'xz' else 'baseline'}: {md.prose(figures['name'])}"
         rows.append((name, *(_cell(key, figures.get(key)) for key, _ in _COLUMNS)))
     return md.table(("", *(title for _, title in _COLUMNS)), rows)
 

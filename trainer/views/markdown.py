@@ -17,7 +17,7 @@ from trainer.errors import redact
 
 # What stands where there is no value.
 NOTHING = "–"
-_MARKUP = re.compile(r"([\\`*_\[\]{}<>#|~!&@$=]|:(?=\S))")
+_MARKUP = re.compile(r"([\\`*_\[\]{}<>#|~!&@$]|=(?==)|:(?=\S))")
 # Bare addresses become links in most viewers.
 _WWW = re.compile(r"(?i)\b(www)\.")
 

@@ -98,10 +98,9 @@ def _worth_knowing(
         found.append(f"{bad:,} rows were malformed; the log names the first of them by file and line.")
     for name in ("val", "test"):
         rows = meta["rows"].get(name, 0)
-        if rows < FEW_ROWS:
-            found.append(
-                f"The {name} split has {rows:,} rows only: one row is {100 / max(rows, 1):.2g} points of accuracy."
-            )
+        if 0 < rows < FEW_ROWS:
+            what = f": one row is {100 / rows:.2g} points of accuracy" if labels else ", few to judge by"
+            found.append(f"The {name} split has {rows:,} rows only{what}.")
     if labels:
         least, most = min(labels.values()), max(labels.values())
         if least < 10:
