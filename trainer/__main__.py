@@ -3,6 +3,7 @@
 python -m trainer STAGE --params params.yaml --in NAME=URI --out NAME=URI [section.key=value ...]
 python -m trainer STAGE --executor-input '{{$}}'          # inside Kubeflow Pipelines
 python -m trainer configure --executor-input '{{$}}'      # before the stages; finish: after them
+python -m trainer doctor                                  # is this machine, or image, fit to run stages?
 """
 
 from __future__ import annotations
@@ -86,8 +87,16 @@ def build_parser() -> argparse.ArgumentParser:
     for name, (text, _) in AROUND.items():
         sub = stages.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         sub.add_argument("--executor-input", metavar="JSON", required=True, help="parameters as KFP gives them")
-        sub.add_argument("--log-format", choices=("text", "json"), default="text", help="lines for people or for machines")
+        sub.add_argument(
+            "--log-format", choices=("text", "json"), default="text", help="lines for people or for machines"
+        )
         sub.add_argument("overrides", metavar="section.key=value", nargs="*", help="override a parameter")
+    text = "say what this machine or image can run, and what is wrong with it"
+    sub = stages.add_parser(
+        "doctor", help=text, description=f"{text[0].upper()}{text[1:]}; exit with 2 if anything is."
+    )
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.set_defaults(overrides=[], log_format="text")
     return parser
 
 
@@ -181,14 +190,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> int:
         args = parse_args(argv)
         log.configure(args.log_format)
-        if args.stage in AROUND:
-            around: Callable[..., int] = plugins.load(f"{AROUND[args.stage][1]}:run")
-            return around(args.executor_input, args.overrides)
-        if args.retries > 0:
+        # The kernel gives the first process of a container no default action for signals: SIGTERM would do nothing.
+        if getattr(args, "retries", 0) > 0 or os.getpid() == 1:
             from trainer.supervise import supervise, without
 
             words = list(sys.argv[1:] if argv is None else argv)
-            return supervise(without(words, ("--retries", "--backoff")), args.retries, max(args.backoff, 0.0))
+            retries, backoff_s = getattr(args, "retries", 0), getattr(args, "backoff", 0.0)
+            return supervise(without(words, ("--retries", "--backoff")), retries, max(backoff_s, 0.0))
+        if args.stage == "doctor":
+            from trainer import doctor
+
+            return doctor.run(args.json)
+        if args.stage in AROUND:
+            around: Callable[..., int] = plugins.load(f"{AROUND[args.stage][1]}:run")
+            return around(args.executor_input, args.overrides)
         # OpenMP's idle threads spin for milliseconds by default, which slows training tenfold on shared cores.
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
         return run_stage(args)
