@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import yaml
 
-from pipelines import docker_runner
+from pipelines import docker_runner, kfp_local
 from pipelines.docker_runner import STAGE_LABEL, RunContainer, Task
 from pipelines.engine import Event
 from trainer.errors import MillraceError
@@ -94,8 +94,7 @@ class Chain:
     # On the thread
 
     def _work(self, spec: dict[str, Any], arguments: dict[str, Any]) -> None:
-        from kfp import components
-        from kfp import local as kfp_local
+        from kfp import components, local
 
         root = self.folder.absolute()
         workspace = root / "workspace"
@@ -105,13 +104,14 @@ class Chain:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(contextlib.redirect_stdout(out))
                 stack.enter_context(warnings.catch_warnings())
-                stack.enter_context(docker_runner.patched(self._container))
+                stack.enter_context(kfp_local.containers_by(self._container))
                 warnings.simplefilter("ignore")
-                stack.enter_context(_conditions(self._unresolved))
+                stack.enter_context(kfp_local.conditions_found(self._unresolved))
+                stack.enter_context(kfp_local.branches_joined())
                 stack.enter_context(_logged(out))
                 options = {key: value for key, value in self.options.items() if key != "volumes"}
-                runner = kfp_local.DockerRunner(**options)
-                kfp_local.init(
+                runner = local.DockerRunner(**options)
+                local.init(
                     runner, pipeline_root=str(root / "tasks"), workspace_root=str(workspace), raise_on_error=False
                 )
                 components.load_component_from_text(yaml.safe_dump(spec))(**arguments)
@@ -215,32 +215,6 @@ class Chain:
             if self._hurry.is_set() or not worker.is_alive():
                 break
         docker_runner.remove([container])
-
-
-@contextlib.contextmanager
-def _conditions(unresolved: Callable[[str], NoReturn]) -> Iterator[None]:
-    """Let kfp.local find what its conditions read.
-
-    kfp 2.17 finds an output that is called Output, and no other; and a condition that it cannot find is false, so that
-    a pipeline which does nothing ends green.
-    """
-    from kfp.local.orchestrator.enhanced_dag_orchestrator import ConditionEvaluator
-
-    upstream: Callable[[str, Any], Any] = ConditionEvaluator._resolve_pipeline_channel
-
-    def resolve(channel: str, store: Any) -> Any:
-        value = upstream(channel, store)
-        words = channel.removeprefix("pipelinechannel--").split("-")
-        for i in range(1, len(words) if value is None else 0):
-            with contextlib.suppress(ValueError, KeyError):
-                value = store.get_task_output("-".join(words[:i]), "-".join(words[i:]))
-        return unresolved("-".join(words)) if value is None else value
-
-    ConditionEvaluator._resolve_pipeline_channel = staticmethod(resolve)
-    try:
-        yield
-    finally:
-        ConditionEvaluator._resolve_pipeline_channel = staticmethod(upstream)
 
 
 @contextlib.contextmanager

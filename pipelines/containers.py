@@ -95,10 +95,14 @@ def _run(client: DockerClient, params: Params, until: str) -> int:
         return _explain(chain, tail if board.live else [], [stage for stage in stages if stage not in board.ran])
     if until:
         return EXIT_OK
-    if chain.proceed != "false" and not (folder / "promotion").exists():
+    if chain.proceed == "false":
+        print(f"  {paint('Up to date', 'bold', 'green')}: there is nothing new to train on.")
+        return EXIT_OK
+    promotion = screen.read_json(folder / "promotion" / "promotion.json")
+    if not promotion:
         raise MillraceError(f"{folder}: the run ended without a decision", f"see {folder / LOG}")
     _point_latest(folder)
-    return _last_screen(folder, params, paint, time.monotonic() - started, len(board.ran))
+    return _last_screen(promotion, params, paint, time.monotonic() - started, len(board.ran))
 
 
 def _pipeline(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -232,11 +236,7 @@ def _point_latest(folder: Path) -> None:
         aside.replace(LATEST)
 
 
-def _last_screen(folder: Path, params: Params, paint: screen.Paint, took: float, ran: int) -> int:
-    promotion = screen.read_json(folder / "promotion" / "promotion.json")
-    if not promotion:  # the task `configure` said so
-        print(f"  {paint('Done', 'bold', 'green')} in {screen.seconds(took)}: there was nothing new to train on.")
-        return EXIT_OK
+def _last_screen(promotion: dict[str, Any], params: Params, paint: screen.Paint, took: float, ran: int) -> int:
     champion = local.present_champion(params)
     for line in screen.last_screen(Path(), paint, took, ran, champion=champion, out=LATEST):
         print(line)

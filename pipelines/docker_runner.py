@@ -1,23 +1,15 @@
-"""How one container of kfp.local is run: what kfp's own DockerRunner gets wrong, and what keeps a container in.
-
-kfp 2.17 runs containers with `auto_remove` and takes a container that has gone for one that did well, so a failed one
-may be reported as green (kubeflow/pipelines#13332). `patched` puts a runner into kfp that keeps the container until
-its exit code is read; where kfp no longer does that, kfp's own function is used.
-"""
+"""One container: what it is started for, how it is run to its end, and by which labels it is found again."""
 
 from __future__ import annotations
 
-import ast
 import codecs
-import inspect
 import itertools
 import json
 import os
 import platform
 import sys
-import textwrap
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -68,29 +60,34 @@ def run_container(client: DockerClient, image: str, command: list[str], volumes:
     Raises:
         MillraceError: the engine could not create or start it.
     """
-    from docker.errors import APIError, NotFound
+    from docker.errors import DockerException
+    from urllib3.exceptions import HTTPError
 
+    # What an engine answers, and what happens if it does not answer any more.
+    trouble = (DockerException, HTTPError, OSError)
     try:
         container = client.containers.create(image, command, volumes=volumes, **options)
-    except APIError as error:
-        raise MillraceError(f"{image}: the container was not made: {error.explanation}", "see the message") from None
+    except trouble as error:
+        raise MillraceError(f"{image}: the container was not made: {_cause(error)}", "see the message") from None
     try:
         try:
             container.start()
-        except APIError as error:
-            raise MillraceError(
-                f"{image}: the container does not start: {error.explanation}", "see the message"
-            ) from None
-        with suppress(NotFound):
+        except trouble as error:
+            raise MillraceError(f"{image}: the container does not start: {_cause(error)}", "see the message") from None
+        with suppress(*trouble):
             _print_output(container)
         try:
             return int(container.wait()["StatusCode"])
-        except NotFound:
-            sys.stdout.write("the container was removed from outside\n")
+        except trouble as error:  # podman says 500, not 404, of a container that has gone
+            sys.stdout.write(f"the container has gone: {_cause(error)}\n")
             return GONE
     finally:
-        with suppress(APIError):
+        with suppress(*trouble):
             container.remove(force=True)
+
+
+def _cause(error: BaseException) -> str:
+    return str(getattr(error, "explanation", None) or error)
 
 
 def _print_output(container: Container) -> None:
@@ -98,41 +95,6 @@ def _print_output(container: Container) -> None:
     decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
     for frame in container.logs(stream=True, follow=True):
         sys.stdout.write(decode(frame))  # kfp's print indents
-
-
-def upstream_is_fixed(function: RunContainer) -> bool:
-    """Whether kfp's own function keeps a container until its exit code is read: it asks for no `auto_remove`."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
-        return False
-    words = [word for node in ast.walk(tree) if isinstance(node, ast.Call) for word in node.keywords]
-    return not any(
-        word.arg in ("auto_remove", "remove") and not (isinstance(word.value, ast.Constant) and not word.value.value)
-        for word in words
-    )
-
-
-@contextmanager
-def patched(run: Callable[[RunContainer, dict[str, Any]], int]) -> Iterator[None]:
-    """Let kfp.local run each container by `run(function, arguments)`; the function is kfp's own, or ours if that errs.
-
-    Raises:
-        MillraceError: this kfp has no such function.
-    """
-    from kfp.local import docker_task_handler
-
-    upstream = getattr(docker_task_handler, "run_docker_container", None)
-    if upstream is None:
-        import kfp
-
-        raise MillraceError(f"kfp {kfp.__version__} runs containers in another way", "install kfp>=2.17,<2.18")
-    function = upstream if upstream_is_fixed(upstream) else run_container
-    docker_task_handler.run_docker_container = lambda **words: run(function, words)
-    try:
-        yield
-    finally:
-        docker_task_handler.run_docker_container = upstream
 
 
 def owner() -> str:
@@ -186,22 +148,25 @@ def is_dead(label: str) -> bool:
 
 
 def containers_of(client: DockerClient, run: str = "") -> list[Container]:
-    """All containers of a run, or of all runs, ended ones too."""
+    """All containers of a run, or of all runs, ended ones too; `attrs` are those of the list."""
     label = f"{RUN_LABEL}={run}" if run else RUN_LABEL
-    found: list[Container] = client.containers.list(all=True, filters={"label": label}, ignore_removed=True)
+    # Not looked at one by one: podman fails if one of them goes meanwhile.
+    found: list[Container] = client.containers.list(all=True, filters={"label": label}, sparse=True)
     return found
 
 
 def remove(containers: list[Container]) -> int:
     """Kill and remove containers; returns how many."""
-    from docker.errors import APIError
+    from docker.errors import DockerException
 
     for container in containers:
-        with suppress(APIError):
+        with suppress(DockerException):
             container.remove(force=True)
     return len(containers)
 
 
 def remove_leftovers(client: DockerClient) -> int:
     """Remove the containers of runs whose millrace was killed; returns how many."""
-    return remove([each for each in containers_of(client) if is_dead(each.labels.get(OWNER_LABEL, ""))])
+    return remove(
+        [each for each in containers_of(client) if is_dead((each.attrs.get("Labels") or {}).get(OWNER_LABEL, ""))]
+    )

@@ -1,0 +1,55 @@
+"""A stage that does nothing, in a moment: `STUB="train=exit3 tune=sleep60"` makes stages fail or wait."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+SWITCHES = ("proceed", "tune", "distill", "quantize")
+
+
+def leave(number: int, frame: object) -> None:
+    print(f"{STAGE}: got signal {number}", flush=True)
+    sys.exit(128 + number)
+
+
+def main() -> int:
+    given = json.loads(sys.argv[sys.argv.index("--executor-input") + 1])
+    deeds = dict(word.split("=") for word in os.environ.get("STUB", "").split())
+    deed = deeds.get(STAGE, "")
+    print(f"{STAGE}: working", flush=True)
+    if deed.startswith("sleep"):
+        time.sleep(float(deed[5:]))
+    if deed.startswith("say"):
+        print(f"{STAGE}: it is {os.environ[deed[3:]]}", flush=True)
+    for name, place in given["outputs"].get("parameters", {}).items():
+        path = Path(place["outputFile"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(deeds.get(name, "true") if name in SWITCHES else "{}")
+    artifacts = {}
+    for port, found in given["outputs"].get("artifacts", {}).items():
+        artifact = found["artifacts"][0]
+        folder = Path(artifact["uri"])
+        folder.mkdir(parents=True)
+        (folder / "made").write_text(STAGE)
+        if port == "promotion":
+            (folder / "promotion.json").write_text(json.dumps({"decision": deeds.get("decide", "promoted")}))
+        if port == "evaluation":
+            (folder / "metrics.json").write_text('{"candidate": {"accuracy": 0.9}}')
+        artifacts[port] = {"artifacts": [{**artifact, "metadata": {}}]}
+    if deed.startswith("exit"):
+        for number in range(20):
+            print(f"{STAGE}: line {number}", flush=True)
+        print(f"{STAGE}: about to fail", file=sys.stderr, flush=True)
+        return int(deed[4:])
+    output = Path(given["outputs"]["outputFile"])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"artifacts": artifacts}))
+    return 0
+
+
+STAGE = sys.argv[1]
+signal.signal(signal.SIGTERM, leave)
+sys.exit(main())
