@@ -105,7 +105,7 @@ def status(args: Namespace) -> int:
     if args.watch:
         return _wait(api, run["run_id"], spec, None)
     view = runview.View()
-    for task in runview.shown(runview.tasks(spec, run, dt.datetime.now(dt.UTC))):
+    for task in runview.tasks(spec, run, dt.datetime.now(dt.UTC)):
         print(runview.line(task, view.paint))
     said = (run.get("error") or {}).get("message")
     print(f"run {run.get('state')}{_took(run)}{': ' + redact(said) if said else ''}")

@@ -23,8 +23,6 @@ MARKS = {
     "skipped": ("·", "dim"), "not reached": ("·", "dim"), "waiting": ("·", "dim"),
 }  # fmt: skip
 MOVING = ("starting", "running")
-# Of two tasks for an optional stage one is skipped in every run; only what did something is shown.
-_OFF = "-off"
 
 
 @dataclass(frozen=True)
@@ -164,16 +162,6 @@ def time_of(text: Any) -> dt.datetime | None:
     return found if found.year > 1970 and found.tzinfo else None
 
 
-def shown(found: list[Task]) -> list[Task]:
-    """The tasks worth a line: of a stage and its switched-off twin, the one that ran or may run."""
-    quiet = ("skipped", "not reached", "waiting")
-    by_name = {task.name: task for task in found}
-    hidden = {task.name for task in found if task.name.endswith(_OFF) and task.state in quiet}
-    hidden |= {name for task in found if task.name not in hidden and (name := task.name.removesuffix(_OFF)) != task.name
-               and by_name.get(name, task).state in quiet}  # fmt: skip
-    return [task for task in found if task.name not in hidden]
-
-
 def failed(found: list[Task]) -> list[str]:
     """The names of the tasks that failed."""
     return [task.name for task in found if task.state == "failed"]
@@ -201,7 +189,7 @@ class View:
     def show(self, found: list[Task], state: str) -> None:
         """New facts from the server."""
         before = {task.name: task.state for task in self._tasks}
-        changed = [task for task in shown(found) if task.state != before.get(task.name, "waiting")]
+        changed = [task for task in found if task.state != before.get(task.name, "waiting")]
         new_state, self._state = state != self._state, state
         self._tasks, self._since, self._note = found, time.monotonic(), ""
         if self.live:
@@ -234,7 +222,7 @@ class View:
         self._frame += 1
         late = time.monotonic() - self._since
         lines = []
-        for task in shown(self._tasks):
+        for task in self._tasks:
             took = task.took + late if task.took is not None and task.state in MOVING else task.took
             lines.append(line(Task(task.name, task.state, took), self.paint, self._frame))
         size = shutil.get_terminal_size()
