@@ -34,6 +34,7 @@ lint: $(DEV) ## format, lint, types, and that generated files are up to date
 	@$(BIN)/mypy
 	@$(BIN)/python -m pipelines.dvcfile --check
 	@$(BIN)/python -m pipelines.docs --check
+	@$(BIN)/python -m pipelines.golden --check
 
 bench: $(BENCH) ## the numbers of the README, each beside its peer
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python $$file; done
@@ -65,6 +66,9 @@ containers: $(DEV) images ## the tests that run in the images, over docker or th
 docs: $(DEV) ## regenerate dvc.yaml and the generated pages of docs/
 	@$(BIN)/python -m pipelines.dvcfile
 	@$(BIN)/python -m pipelines.docs
+
+golden: $(DEV) ## regenerate tests/golden: the compiled pipeline and the help texts
+	@$(BIN)/python -m pipelines.golden
 
 lock: ## resolve requirements/*.txt again (needs uv)
 	@uv pip compile $(LOCK) pyproject.toml --extra laptop -o requirements/run.txt

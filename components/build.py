@@ -22,9 +22,14 @@ COMMAND = ["python", "-m", "trainer"]
 FOUND = {
     "data_version": "version of the raw data: DVC's md5 of it",
     "proceed": "true unless there is nothing new to train on",
-    **{f"{name}_gpus": f"accelerators for {name}; 0 if it is switched off" for name, task in TASKS.items() if task.accelerated},
+    **{
+        f"{name}_gpus": f"accelerators for {name}; 0 if it is switched off"
+        for name, task in TASKS.items()
+        if task.accelerated
+    },
 }
-_RUN_FORM: dict[str, tuple[type, Any, str]] = {
+# The pipeline's inputs: name -> type, default and help, in the order of the run form.
+RUN_FORM: dict[str, tuple[type, Any, str]] = {
     "preset": (str, "text-classify", "name of a complete configuration, see `millrace preset ls`"),
     "params": (str, "", "text of a params.yaml; takes the place of the preset"),
     "data": (str, "", "URI of the raw data, as data.source: s3://, dvc:REPO@REV:PATH, builtin:NAME or a mounted path"),
@@ -32,7 +37,11 @@ _RUN_FORM: dict[str, tuple[type, Any, str]] = {
     "trials": (int, 0, "trials of the search; 0 keeps tune.trials"),
     "nodes": (int, 1, "nodes to train on"),
     "gpus_per_node": (int, 0, "accelerators of each node; 0 trains on processors"),
-    "store": (str, "", "URI or mounted path where large artifacts go by reference; empty sends them through KFP's own store"),
+    "store": (
+        str,
+        "",
+        "URI or mounted path where large artifacts go by reference; empty sends them through KFP's own store",
+    ),
     "registry": (str, "", "URI or mounted path of the model registry, as promote.registry"),
     "only_if_new": (bool, False, "stop, green, if the champion was trained on the same version of the data"),
 }
@@ -42,11 +51,11 @@ def inputs_of(task: Task) -> Iterator[tuple[str, Any, Any, str]]:
     """Name, annotation, default and help of each input of a task; `inspect.Parameter.empty` for no default."""
     none = inspect.Parameter.empty
     if task.name == "configure":
-        for name, (kind, default, text) in _RUN_FORM.items():
+        for name, (kind, default, text) in RUN_FORM.items():
             yield name, kind, default, text
         yield "scheduled_at", str, "", "time of the schedule's slot; empty for a run started by hand"
     elif task.name == "finish":
-        yield "store", str, "", _RUN_FORM["store"][2]
+        yield "store", str, "", RUN_FORM["store"][2]
         yield "run_name", str, "", "name of the run"
         yield "run_id", str, "", "id of the run"
         yield "status", dsl.PipelineTaskFinalStatus, none, "how the run ended"
@@ -57,7 +66,7 @@ def inputs_of(task: Task) -> Iterator[tuple[str, Any, Any, str]]:
         for section in stage.sections:
             yield SECTION.format(section), str, "{}", f"section {section} of params.yaml, as JSON"
         yield "data_version", str, "", FOUND["data_version"]
-        yield "store", str, "", _RUN_FORM["store"][2]
+        yield "store", str, "", RUN_FORM["store"][2]
         if task.accelerated:
             yield "gpus", str, "0", "accelerators of the pod"
 
@@ -66,7 +75,11 @@ def outputs_of(task: Task) -> Iterator[tuple[str, Any, str]]:
     """Name, annotation and help of each output of a task."""
     if task.name == "configure":
         for section in Params.model_fields:
-            yield SECTION.format(section), dsl.OutputPath(str), f"section {section} of the checked configuration, as JSON"
+            yield (
+                SECTION.format(section),
+                dsl.OutputPath(str),
+                f"section {section} of the checked configuration, as JSON",
+            )
         for name, text in FOUND.items():
             yield name, dsl.OutputPath(str), text
     elif task.name != "finish":

@@ -66,11 +66,11 @@ def cli() -> str:
         "|---:|---|",
     ]
     lines += [f"| {code} | {meaning} |" for code, meaning in EXIT_CODES.items()]
-    for parser in _parsers(build_parser()):
+    for parser in parsers(build_parser()):
         lines += ["", f"## {parser.prog}", "", parser.description or "", *_arguments(parser)]
     stages = build_stage_parser()
     lines += ["", f"## {stages.prog}", "", stages.description or "", "Every stage takes the same arguments:"]
-    each = list(_parsers(stages))[1:]
+    each = list(parsers(stages))[1:]
     lines += _arguments(each[0])
     for parser in each:
         lines += ["", f"### {parser.prog}", "", parser.description or "", "", "```text", parser.epilog or "", "```"]
@@ -94,13 +94,13 @@ def _spelling(action: argparse.Action) -> str:
     return f"{text} ..." if action.nargs in ("*", argparse.REMAINDER) and not text.endswith("...") else text
 
 
-def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
     """A parser and those of its commands, in order."""
     yield parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for each in action.choices.values():
-                yield from _parsers(each)
+                yield from parsers(each)
 
 
 def results(metrics: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 from kfp import dsl
 
-from components.build import components
+from components.build import RUN_FORM, components
 from components.place import place
 from components.table import TASKS
 from trainer.config import Params
@@ -19,7 +19,6 @@ def training(config: Params) -> Any:
     """The pipeline, with images, rights and retries as params.yaml's `cluster` says; all else is a pipeline input."""
     made = components(config)
 
-    @dsl.pipeline(name=NAME, display_name=NAME, description=HELP)
     def pipeline(
         preset: str = "text-classify", params: str = "", data: str = "", overrides: str = "", trials: int = 0,
         nodes: int = 1, gpus_per_node: int = 0, store: str = "", registry: str = "", only_if_new: bool = False,
@@ -32,7 +31,9 @@ def training(config: Params) -> Any:
             gpus = {"gpus": plan[f"{name}_gpus"]} if TASKS[name].accelerated else {}
             return task(name, **artifacts, **sections, **gpus, data_version=plan["data_version"], store=store).outputs
 
-        finish = task("finish", store=store, run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER)
+        finish = task(
+            "finish", store=store, run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER
+        )
         with dsl.ExitHandler(finish, name="chain"):
             plan = task(
                 "configure", preset=preset, params=params, data=data, overrides=overrides, trials=trials, nodes=nodes,
@@ -49,4 +50,7 @@ def training(config: Params) -> Any:
                 evaluation = stage("evaluate", dataset=dataset, tuning=tuning, **models)["evaluation"]
                 stage("promote", dataset=dataset, quantized=quantized, evaluation=evaluation)
 
-    return pipeline
+    pipeline.__doc__ = "\n".join(
+        [HELP, "", "Args:", *(f"    {name}: {text}" for name, (_, _, text) in RUN_FORM.items())]
+    )
+    return dsl.pipeline(name=NAME, display_name=NAME, description=HELP)(pipeline)

@@ -20,14 +20,11 @@ from trainer import executor, log, presets, storage
 from trainer.config import Params
 from trainer.config.load import apply_overrides, parse_override, validate
 from trainer.config.text import parse_yaml
-from trainer.data.naming import model_name
 from trainer.config.words import split_words
+from trainer.data.naming import model_name
 from trainer.errors import EXIT_OK, ConfigError
 from trainer.registry import Registry
 from trainer.views.markdown import code, prose, table
-
-# Where a registry goes that nobody asked for: it lives as long as the container.
-_NOWHERE = "/tmp/millrace/registry"  # noqa: S108
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ def make(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Plan:
     registry = params.promote.registry
     if not storage.is_remote(registry) and not Path(registry).is_absolute() and not Path(registry).is_dir():
         # A folder of the container: gone with it. A run without a registry is a run all the same.
-        place = f"{store}/registry" if store else _NOWHERE
+        place = f"{store}/registry" if store else str(Path(tempfile.gettempdir()) / "registry")
         params = validate(apply_overrides(params.model_dump(mode="json"), {"promote.registry": place}), "parameters")
         if not store:
             warnings.append(

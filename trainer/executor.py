@@ -140,7 +140,9 @@ def _expected(given: Given, name: str) -> Any:
 
     def check(meta: Mapping[str, Any]) -> None:
         if version and name == "preprocess" and meta.get("data_version") != version:
-            message = f"data.source: the data changed while the run began: version {meta.get('data_version')}, not {version}"
+            message = (
+                f"data.source: the data changed while the run began: version {meta.get('data_version')}, not {version}"
+            )
             raise DataError(message, "start the run again")
 
     return check
@@ -152,7 +154,8 @@ def parameters(text: str, overrides: Sequence[str]) -> Params:
     Raises:
         ConfigError: the JSON is not an ExecutorInput, or a parameter is wrong.
     """
-    values = read(text).values
+    with _parsing():
+        values = dict(json.loads(text).get("inputs", {}).get("parameterValues", {}))
     tree: dict[str, Any] = {}
     for section in Params.model_fields:
         content = values.get(SECTION.format(section))
@@ -219,7 +222,7 @@ def show(
             storage.write_atomic(wanted[port], page.read_bytes())
             metadata[port] = {}
     if "metrics" in wanted:
-        metadata["metrics"] = dict(views.metrics(name, result.metrics, outputs))
+        metadata["metrics"] = {**views.metrics(name, result.metrics, outputs)}
     if {"confusion", "roc"} & set(wanted):
         found = views.classification(outputs)
         for port, key in (("confusion", "confusionMatrix"), ("roc", "confidenceMetrics")):
@@ -236,7 +239,7 @@ def write(given: Given, metadata: Mapping[str, Mapping[str, Any]], values: Mappi
         metadata: for each artifact that was made; others are left out, `executor-logs` among them.
         values: output parameters.
     """
-    artifacts = {}
+    artifacts: dict[str, Any] = {}
     for port, fields in metadata.items():
         if port in given.outputs:
             # No other fields: the backend fails a task whose output has one that its version does not know.

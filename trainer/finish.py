@@ -77,10 +77,9 @@ def notify(message: dict[str, Any]) -> None:
     if not url.startswith(("https://", "http://")):
         log.say(f"finish: nobody was told: {NOTIFY_URL} is no http URL")
         return
-    request = urllib.request.Request(  # noqa: S310
-        url, json.dumps(message).encode(), {"Content-Type": "application/json"}
-    )
+    content, head = json.dumps(message).encode(), {"Content-Type": "application/json"}
     try:
+        request = urllib.request.Request(url, content, head)  # noqa: S310
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S):  # noqa: S310
             pass
     except urllib.error.HTTPError as error:

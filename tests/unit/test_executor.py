@@ -4,6 +4,7 @@ The ExecutorInput texts are those that a real KFP 2.17 backend and kfp.local pas
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,7 +89,7 @@ def run(given, *overrides):
 
 def test_outputs_and_metadata_are_written_where_the_input_says(dialect):
     make, source, made = dialect
-    given = make(params="train:\n  lr: 0.5\n", overrides="train.epochs=2 data.text=a b")
+    given = make(train_params='{"lr": 0.5, "epochs": 2}', data_params='{"text": "a b"}', tune_params="{}")
     status, output = run(given)
     assert status == 0
     found = manifest.read(made, "model")
@@ -182,18 +183,15 @@ def given_values(**values):
 
 PARAMETERS = {
     "none": ({}, [], {}),
-    "empty": ({"params": "", "overrides": ""}, [], {}),
-    "null": ({"params": None, "overrides": None}, [], {}),
-    "comment": ({"params": "# nothing"}, [], {}),
-    "YAML": ({"params": "train: {lr: 1e-2}"}, [], {"lr": 0.01}),
-    "JSON": ({"params": '{"train": {"lr": 0.01}}'}, [], {"lr": 0.01}),
-    "a structure": ({"params": {"train": {"lr": 0.01, "epochs": 3.0}}}, [], {"lr": 0.01, "epochs": 3}),
-    "a list": ({"overrides": ["train.lr=0.01", "train.epochs=3"]}, [], {"lr": 0.01, "epochs": 3}),
-    "words": ({"overrides": " train.lr=0.01   train.epochs=3 "}, [], {"lr": 0.01, "epochs": 3}),
-    "lines": ({"overrides": "train.lr=0.01\n\ntrain.epochs=3\n"}, [], {"lr": 0.01, "epochs": 3}),
-    "lists with spaces": ({"overrides": "train.betas=[0.5, 0.6] train.epochs=3"}, [], {"betas": (0.5, 0.6), "epochs": 3}),
-    "the command line wins": ({"params": "train: {lr: 1}", "overrides": "train.lr=2"}, ["train.lr=3"], {"lr": 3}),
-}  # fmt: skip
+    "empty": ({"train_params": ""}, [], {}),
+    "null": ({"train_params": None}, [], {}),
+    "comment": ({"train_params": "# nothing"}, [], {}),
+    "YAML": ({"train_params": "lr: 1e-2"}, [], {"lr": 0.01}),
+    "JSON": ({"train_params": '{"lr": 0.01}'}, [], {"lr": 0.01}),
+    "a structure": ({"train_params": {"lr": 0.01, "epochs": 3.0}}, [], {"lr": 0.01, "epochs": 3}),
+    "of no section": ({"store": "", "data_version": "x", "trial_params": "1"}, [], {}),
+    "the command line wins": ({"train_params": "{lr: 1}"}, ["train.lr=3"], {"lr": 3}),
+}
 
 
 @pytest.mark.parametrize("case", PARAMETERS)
@@ -203,14 +201,53 @@ def test_parameters(case):
     assert {name: getattr(train, name) for name in expected} == expected
 
 
-@pytest.mark.parametrize(
-    "values",
-    [{"params": "[1]"}, {"params": "train"}, {"params": [1]}, {"params": 3}, {"params": "train: [lr"}, {"overrides": 3},
-     {"overrides": "lr"}, {"overrides": [None]}, {"overrides": [{"a": 1}]}, {"overrides": "train.lrr=1"}, {"params": "train:"}],
-)  # fmt: skip
-def test_wrong_parameters_are_refused(values):
-    with pytest.raises(ConfigError):
-        parameters(given_values(**values), [])
+@pytest.mark.parametrize("value", ["[1]", "train", [1], 3, "{lr: [", "{lrr: 1}", '{"lr": "x"}'])
+def test_wrong_parameters_are_refused(value):
+    with pytest.raises(ConfigError, match=r"parameter train_params|train\."):
+        parameters(given_values(train_params=value), [])
+
+
+def test_a_section_and_an_artifact_may_share_a_name(dialect):
+    make, _, _ = dialect
+    given = make(model_params='{"name": "ngram"}')
+    given["inputs"]["artifacts"]["model"] = {"artifacts": [{"name": "3", "uri": "minio://x/y"}]}
+    assert run(given)[0] == 0
+
+
+def test_outputs_go_to_the_store_by_reference_and_come_back(dialect, tmp_path):
+    make, _, made = dialect
+    store = tmp_path / "store"
+    given = make(store=str(store))
+    _, output = run(given)
+    assert [path.name for path in made.iterdir()] == [executor.REFERENCE], "nothing large goes through KFP"
+    place = executor.dereference(str(made))
+    assert place.startswith(str(store))
+    found = manifest.read(place, "model")
+    assert output["artifacts"]["made"]["artifacts"][0]["metadata"]["digest"] == found.digest
+    # What one task left by reference, another one takes as its input.
+    shutil.copytree(made, tmp_path / "downloaded")
+    given = make(store=str(tmp_path / "other"))
+    given["inputs"]["artifacts"]["extra"] = {"artifacts": [{"name": "5", "uri": str(tmp_path / "downloaded")}]}
+    run(given)
+    record = manifest.read(executor.dereference(str(made)), "model").record
+    assert record["inputs"]["extra"] == found.digest
+
+
+def test_two_tasks_never_share_a_place_in_the_store(tmp_path):
+    places = set()
+    for task in ("one", "two"):
+        uri = f"minio://mlpipeline/v2/artifacts/training/run-1/{task}/7b1e/made"
+        given = {"inputs": {"parameterValues": {"store": "s3://b/p/"}},
+                 "outputs": {"artifacts": {"made": {"artifacts": [{"uri": uri}]}}, "outputFile": "x"}}  # fmt: skip
+        places.add(executor.place(executor.read(json.dumps(given)), "made"))
+    assert places == {"s3://b/p/run-1/one/7b1e/made", "s3://b/p/run-1/two/7b1e/made"}
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"uri"', b"\xff"])
+def test_a_broken_reference_names_itself(content, tmp_path):
+    (tmp_path / executor.REFERENCE).write_bytes(content)
+    with pytest.raises(StorageError, match=r"reference\.json"):
+        executor.dereference(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +274,7 @@ def test_the_entry_point_takes_an_executor_input(tmp_path):
         "tests.toy",
         "toy",
         "--executor-input",
-        json.dumps(local(tmp_path, overrides="train.lr=0.5")),
+        json.dumps(local(tmp_path, train_params="lr: 0.5")),
     ]
     root = Path(__file__).parents[2]
     shown = subprocess.run(

@@ -14,7 +14,8 @@ from trainer.config.stages import Distill, Evaluate, Promote, Quantize, Tune
 from trainer.config.train import Parallel, Train
 
 __all__ = [
-    "Cluster", "Data", "Distill", "Evaluate", "Model", "Parallel", "Params", "Promote", "Quantize", "Section", "Task", "Train", "Tune",
+    "Cluster", "Data", "Distill", "Evaluate", "Model", "Parallel", "Params", "Promote", "Quantize", "Section", "Task", "Train",
+    "Tune",
 ]  # fmt: skip
 
 

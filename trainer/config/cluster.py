@@ -43,7 +43,7 @@ class Cluster(Section):
     """How often a stage that a signal killed (exit codes from 128), or whose pod was lost, is tried again."""
     backoff_s: float = Field(default=10.0, ge=0.0, le=3600.0)
     """Seconds before the first retry; twice as long before each further one."""
-    secrets: dict[EnvName, SecretKey] = {}
+    secrets: dict[EnvName, SecretKey] = Field(default={})
     """Environment variable -> Kubernetes secret and key that hold its value, such as secret-name/key."""
     claim: str = Field(default="", pattern=r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?)?$")
     """PersistentVolumeClaim that every stage mounts, for data, artifacts by reference and the registry."""
@@ -53,5 +53,5 @@ class Cluster(Section):
     """Size of /dev/shm in containers that train."""
     accelerator: str = Field(default="nvidia.com/gpu", min_length=1)
     """Resource name of an accelerator, for pipeline input gpus_per_node."""
-    resources: dict[str, Resources] = {}
+    resources: dict[str, Resources] = Field(default={})
     """Stage -> what its container asks for, where that is not the stage's own default."""

@@ -1,0 +1,186 @@
+"""The first task of a run: what the run form may say, what comes out of it, and when there is nothing new."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trainer import configure, executor, presets
+from trainer.artifacts import manifest
+from trainer.config import Params
+from trainer.data.sources import resolve
+from trainer.errors import ConfigError, DataError
+from trainer.registry import Registry
+
+ROWS = "text,label\n" + "".join(f"a text of topic {n % 3} number {n},topic {n % 3}\n" for n in range(60))
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "rows.csv"
+    path.write_text(ROWS)
+    return path
+
+
+def given(folder: Path, **values) -> str:
+    """As the backend gives it, whole numbers as floats."""
+    return json.dumps({
+        "inputs": {"parameterValues": {"preset": "text-classify", "trials": 0.0, "nodes": 1.0, **values}},
+        "outputs": {
+            "parameters": {"proceed": {"outputFile": "/tmp/kfp/outputs/proceed"}},
+            "artifacts": {"summary": {"artifacts": [{"name": "summary", "type": {"schemaTitle": "system.Markdown"},
+                                                     "uri": f"{folder}/summary"}]}},
+            "outputFile": f"{folder}/output.json",
+        },
+    })  # fmt: skip
+
+
+def run(folder: Path, **values) -> dict:
+    assert configure.run(given(folder, **values), []) == 0
+    return json.loads((folder / "output.json").read_text())["parameterValues"]
+
+
+def test_every_section_comes_out_and_goes_into_a_stage_as_it_was(data, tmp_path):
+    found = run(tmp_path, data=str(data), overrides="train.epochs=3 tune.enabled=false")
+    expected = configure.resolve({"data": str(data)})
+    text = json.dumps({"inputs": {"parameterValues": found}, "outputs": {}})
+    params = executor.parameters(text, [])
+    assert params.train.epochs == 3
+    assert not params.tune.enabled
+    assert params.model == expected.model
+    assert all(isinstance(value, str) for value in found.values()), "KFP would turn numbers into floats"
+
+
+def test_a_section_changes_only_with_its_own_keys(data, tmp_path):
+    before = run(tmp_path, data=str(data))
+    after = run(tmp_path, data=str(data), overrides="train.lr=0.001")
+    assert {key for key in before if before[key] != after[key]} == {"train_params"}
+
+
+def test_the_data_version_is_the_one_that_preprocess_will_find(data, tmp_path):
+    before = run(tmp_path, data=str(data))["data_version"]
+    assert before == resolve(str(data), "auto", tmp_path / "work").version
+    data.write_text(ROWS + "one more,topic 1\n")
+    assert run(tmp_path, data=str(data))["data_version"] != before
+
+
+RESOLVED = {
+    "a preset": ({"preset": "digits"}, lambda p: p.task.name == "image"),
+    "params instead of a preset": ({"preset": "digits", "params": "train: {epochs: 7}"}, lambda p: p.train.epochs == 7),
+    "JSON": ({"params": '{"train": {"epochs": 7}}'}, lambda p: p.train.epochs == 7),
+    "data": ({"data": "s3://b/reviews.csv"}, lambda p: (p.data.source, p.promote.model) == ("s3://b/reviews.csv", "reviews")),
+    "data of the preset": ({"data": "builtin:stdlib-functions"}, lambda p: p.promote.model == "text-classify"),
+    "a name given": ({"data": "x.csv", "overrides": "promote.model=mine"}, lambda p: p.promote.model == "mine"),
+    "words": ({"overrides": " train.lr=0.01   train.epochs=3 "}, lambda p: (p.train.lr, p.train.epochs) == (0.01, 3)),
+    "lines": ({"overrides": "train.lr=0.01\n\ntrain.epochs=3\n"}, lambda p: p.train.epochs == 3),
+    "a list": ({"overrides": ["train.lr=0.01"]}, lambda p: p.train.lr == 0.01),
+    "lists with spaces": ({"overrides": "train.betas=[0.5, 0.6] train.epochs=3"}, lambda p: p.train.betas == (0.5, 0.6)),
+    "trials": ({"trials": 9.0}, lambda p: p.tune.trials == 9),
+    "no trials": ({"trials": 0}, lambda p: p.tune.trials == configure.resolve({}).tune.trials),
+    "an override wins": ({"trials": 9, "overrides": "tune.trials=2"}, lambda p: p.tune.trials == 2),
+    "processors": ({"gpus_per_node": 0}, lambda p: p.train.processes == 1),
+    "accelerators": ({"gpus_per_node": 4.0}, lambda p: p.train.processes == 4),
+    "registry": ({"registry": "s3://b/reg"}, lambda p: p.promote.registry == "s3://b/reg"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RESOLVED)
+def test_the_run_form(case):
+    values, holds = RESOLVED[case]
+    assert holds(configure.resolve(values))
+
+
+WRONG = {
+    "preset": ({"preset": "text-clasify"}, "did you mean 'text-classify'"),
+    "params": ({"params": "[1]"}, "parameter params"),
+    "a key": ({"params": "train: {epoch: 3}"}, "train.epoch"),
+    "an override": ({"overrides": "train.epoch=3"}, "train.epoch"),
+    "no override": ({"overrides": "epochs"}, "section.key=value"),
+    "trials": ({"trials": -1}, "parameter trials"),
+    "half a trial": ({"trials": 1.5}, "parameter trials"),
+    "a truth for a number": ({"trials": True}, "parameter trials"),
+    "no node": ({"nodes": 0}, "parameter nodes"),
+    "nodes": ({"nodes": 2}, "gpus_per_node"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_run_form_names_the_field(case, tmp_path):
+    values, message = WRONG[case]
+    with pytest.raises(ConfigError) as caught:
+        configure.run(given(tmp_path, **values), [])
+    assert message in str(caught.value)
+    assert not (tmp_path / "output.json").exists()
+
+
+def test_data_that_is_not_there_is_said_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"none\.csv"):
+        configure.run(given(tmp_path, data="none.csv"), [])
+
+
+@pytest.fixture
+def champion(tmp_path, data):
+    """A registry whose champion of `rows` was trained on the data."""
+    version = resolve(str(data), "auto", tmp_path / "work").version
+    model, test = tmp_path / "model", tmp_path / "held-out"
+    for folder, kind in ((model, "model"), (test, "dataset")):
+        folder.mkdir()
+        (folder / "file").write_text("content")
+        manifest.seal(folder, kind, {"data_version": version}, {})
+    registry = Registry(tmp_path / "registry")
+    entered = registry.add("rows", model, test, {"accuracy": 0.5}, bytes=7, metrics={"accuracy": 0.5})
+    registry.promote("rows", entered.version, "", "better")
+    return str(tmp_path / "registry")
+
+
+@pytest.mark.parametrize(
+    ("only", "changed", "proceed"), [(True, False, "false"), (True, True, "true"), (False, False, "true")]
+)
+def test_nothing_new_stops_a_scheduled_run(only, changed, proceed, champion, data, tmp_path):
+    if changed:
+        data.write_text(ROWS + "one more,topic 1\n")
+    found = run(tmp_path, data=str(data), registry=champion, only_if_new=only)
+    assert found["proceed"] == proceed
+    assert ("Nothing new" in (tmp_path / "summary").read_text()) == (proceed == "false")
+
+
+def test_without_a_champion_there_is_something_new(data, tmp_path):
+    assert run(tmp_path, data=str(data), registry=str(tmp_path / "registry"), only_if_new=True)["proceed"] == "true"
+
+
+def test_a_registry_of_the_container_is_not_kept_and_said(data, tmp_path, capsys):
+    found = run(tmp_path, data=str(data))
+    assert Path(json.loads(found["promote_params"])["registry"]).is_absolute()
+    assert "no registry was given" in capsys.readouterr().out
+    assert "no registry was given" in (tmp_path / "summary").read_text()
+
+
+def test_with_a_store_the_registry_is_in_it(data, tmp_path, capsys):
+    found = run(tmp_path, data=str(data), store=f"{tmp_path}/store/")
+    assert json.loads(found["promote_params"])["registry"] == f"{tmp_path}/store/registry"
+    assert "no registry" not in capsys.readouterr().out
+
+
+def test_a_folder_registry_that_is_there_is_used(data, tmp_path):
+    (tmp_path / "registry").mkdir()
+    assert json.loads(run(tmp_path, data=str(data))["promote_params"])["registry"] == "registry"
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_every_preset_runs_from_the_form(name):
+    assert isinstance(configure.resolve({"preset": name}), Params)
+
+
+def test_a_stage_that_is_switched_off_asks_for_no_accelerator(data, tmp_path):
+    found = run(tmp_path, data=str(data), gpus_per_node=2.0, overrides="tune.enabled=false")
+    assert (found["tune_gpus"], found["train_gpus"], found["distill_gpus"]) == ("0", "2", "2")
+
+
+def test_a_secret_in_the_sources_uri_is_in_no_output(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    source = "https://user:hunter2canary@localhost:1/rows.csv"
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - nothing listens there
+        configure.run(given(tmp_path, data=source), [])
+    assert "hunter2canary" not in str(caught.value) + capsys.readouterr().out
