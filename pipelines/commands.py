@@ -34,7 +34,7 @@ def run(args: Namespace) -> int:
     from pipelines import local
     from trainer.stage import STAGES
 
-    known = ["raw", *STAGES]
+    known = ["raw", *(["configure"] if args.engine == "docker" else []), *STAGES]
     if args.until and args.until not in known:
         raise ConfigError(f"--until {args.until}: no such stage; {nearest(args.until, known)}", "correct the name")
     if args.engine == "docker":

@@ -24,7 +24,7 @@ from pipelines.engine import Event
 from trainer import storage
 from trainer.config import Params
 from trainer.config.load import load
-from trainer.errors import EXIT_CODES, EXIT_OK, EXIT_REFUSED, MillraceError, redact
+from trainer.errors import EXIT_CODES, EXIT_OK, EXIT_REFUSED, ConfigError, MillraceError, redact
 
 if TYPE_CHECKING:
     from docker import DockerClient
@@ -77,6 +77,8 @@ def _run(client: DockerClient, params: Params, until: str) -> int:
     source = params.data.source
     if source.startswith(dvcfile.BUILTIN):
         stages = ["raw", *stages]
+    if until and until not in stages:
+        raise ConfigError(f"--until {until}: this pipeline has no such stage", f"it has {', '.join(stages)}")
     folder = _make_folder()
     board = screen.Board(stages, out=folder)
     paint = board.paint
