@@ -12,7 +12,7 @@ RUN python -m venv --without-pip /opt/venv \
         --quiet --require-hashes --no-deps -r trainer.txt \
     && python slim.py "$site" \
     && echo /opt/millrace >"$site/millrace.pth" \
-    && /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash "$site"
+    && /opt/venv/bin/python -m compileall -q -j 0 -x /torch/testing/_internal/ --invalidation-mode unchecked-hash "$site"
 COPY pyproject.toml README.md LICENSE ./
 COPY trainer trainer
 # The wheel of the code that this image needs, in a layer of its own: a change of the code moves a few hundred kilobytes.

@@ -1,0 +1,289 @@
+"""The images themselves: what is in them and what is not, how large they are, and that stages run in them, hardened."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.container.conftest import IMAGES, USER, name_of
+from trainer import __version__
+from trainer.artifacts import manifest
+
+pytestmark = [pytest.mark.container, pytest.mark.timeout(600)]
+
+MB = 1_000_000
+# Of the whole image; of what the trainer's image has beside torch and its libraries.
+BUDGETS = {"data": 800 * MB, "launcher": 250 * MB}
+TRAINER_BUDGET = 300 * MB
+# What must be importable, and what must be neither importable nor installed.
+HAS = {
+    "data": {"daft", "pyarrow", "tokenizers", "tiktoken", "PIL", "s3fs", "dvc", "numpy"},
+    "trainer": {"torch", "safetensors", "optuna", "onnx", "onnxruntime", "torchao", "sklearn", "pyarrow", "s3fs"},
+    "launcher": {"kubernetes", "kubeflow", "s3fs"},
+}
+HAS_NOT = {
+    "data": {"torch", "kfp", "kubernetes", "nvidia", "triton", "sklearn"},
+    "trainer": {"kfp", "kubernetes", "daft", "dvc"},
+    "launcher": {"torch", "kfp", "daft", "dvc", "nvidia", "triton", "numpy"},
+}
+NOWHERE = {"pytest", "moto", "hypothesis", "mypy", "ruff", "pip", "pipelines", "tests"}
+SMALL = "data.tokenizer.vocab_size=300 train.epochs=1 model.buckets=256 model.dim=8 train.threads=1"
+
+DISTRIBUTIONS = """
+import importlib.metadata as metadata, json
+print(json.dumps(sorted({each.name.lower().replace("_", "-") for each in metadata.distributions()})))
+"""
+# Bytes on disk of each distribution, and the distributions that torch's own, torchao's and torch.onnx's requirements reach.
+SIZES = """
+import importlib.metadata as metadata, json, os, re
+from pathlib import Path
+
+def key(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+found = {key(each.name): each for each in metadata.distributions()}
+reached, todo = set(), ["torch", "torchao", "onnxscript"]
+while todo:
+    name = todo.pop()
+    if name in reached or name not in found:
+        continue
+    reached.add(name)
+    todo += [key(re.match(r"[\\w.-]+", each)[0]) for each in found[name].requires or () if "extra ==" not in each]
+reached |= {name for name in found if name.startswith(("nvidia-", "cuda-"))}
+owner = {}
+for name, each in found.items():
+    for file in each.files or ():
+        path = Path(os.path.normpath(each.locate_file(file)))
+        owner[path] = name
+sizes = {"torch": 0, "rest": 0, "code": 0}
+for root in ("/opt/venv", "/opt/millrace"):
+    for path in Path(root).rglob("*"):
+        if path.is_symlink() or not path.is_file():
+            continue
+        source = path.parent.parent / (path.name.split(".")[0] + ".py") if path.suffix == ".pyc" else path
+        name = owner.get(source)
+        group = "torch" if name in reached else "code" if name == "millrace" else "rest"
+        sizes[group] += path.stat().st_size
+print(json.dumps(sizes))
+"""
+
+
+def size_of(engine, image: str) -> int:
+    return int(engine.images.get(name_of(image)).attrs["Size"])
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_doctor_finds_the_image_sane(run, image: str) -> None:
+    done = run(image, "doctor", "--json")
+    facts = json.loads(done.text)
+    assert (done.code, facts["findings"]) == (0, [])
+    assert (facts["image"], facts["user"], facts["millrace"]) == (image, USER, __version__)
+    assert bool(facts["torch"]) == (image == "trainer")
+    assert facts["drivers"]["s3://"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    {
+        "nowhere to write": ({"tmpfs": {}}, ["HOME is not writable", "TMPDIR is not writable", "--tmpfs /tmp"]),
+        "root": ({"user": "0"}, ["runs as root", "drop `--user 0`"]),
+        "little memory": ({"mem_limit": "300m"}, ["of memory", "--memory 2g"]),
+        "little room": ({"tmpfs": {"/tmp": "rw,mode=1777,size=64m"}}, ["TMPDIR has", "sizeLimit"]),
+    }.values(),
+)
+def test_doctor_names_what_is_wrong_and_the_fix(run, options: dict, words: list[str]) -> None:
+    done = run("data", "doctor", **options)
+    assert done.code == 2
+    assert all(word in done.text for word in words), done.text
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_sigterm_ends_what_runs_as_the_first_process(start, image: str, shared: Path) -> None:
+    pipe = shared / "params.yaml"
+    os.mkfifo(pipe)
+    mounted = {str(shared): {"bind": str(shared), "mode": "rw"}}
+    container = start(image, "promote", "--params", str(pipe), volumes=mounted)
+    writer = open_when_read(pipe)
+    try:
+        before = time.monotonic()
+        container.stop(timeout=60)
+        assert time.monotonic() - before < 30
+    finally:
+        os.close(writer)
+    assert container.wait(timeout=60)["StatusCode"] == 143
+
+
+def open_when_read(pipe: Path) -> int:
+    """Open a pipe for writing as soon as somebody reads it: the stage is then waiting for its parameters."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO or time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_the_image_holds_what_its_stages_import_and_nothing_else(python, image: str) -> None:
+    names = sorted(HAS[image] | HAS_NOT[image] | NOWHERE)
+    program = f"import importlib.util, json; print(json.dumps([n for n in {names} if importlib.util.find_spec(n)]))"
+    assert set(python(image, program)) == HAS[image]
+    installed = python(image, DISTRIBUTIONS)
+    assert not [name for name in installed if name in HAS_NOT[image] | NOWHERE or name.startswith("kfp")]
+
+
+def test_versions_are_those_of_the_laptop(python) -> None:
+    root = Path(__file__).resolve().parents[2]
+    locked = {}
+    for line in (root / "requirements" / "run.txt").read_text(encoding="utf-8").splitlines():
+        if "==" in line and not line.startswith((" ", "#")):
+            name, version = line.split(" ")[0].split("==")
+            locked.setdefault(name, set()).add(version)
+    program = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
+    for image in ("data", "trainer"):
+        installed = {
+            name.lower().replace("_", "-").replace(".", "-"): version
+            for name, version in python(image, program).items()
+        }
+        others = {
+            name: version
+            for name, version in installed.items()
+            if name not in ("millrace",) and version.split("+")[0] not in locked.get(name, ())
+        }
+        assert others == {}
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_no_tools_and_no_caches_are_left(python, image: str) -> None:
+    program = """
+import json, shutil
+from pathlib import Path
+tools = [name for name in ("gcc", "cc", "g++", "make", "git", "curl", "ld") if shutil.which(name)]
+caches = [str(path) for path in (Path("/root/.cache"), Path("/tmp/.cache"), Path("/build")) if path.exists()]
+site = Path("/opt/venv/lib").glob("python3*/site-packages")
+left = [str(path) for folder in site for name in ("pip", "wheel", "**/*.a", "**/tests") for path in folder.glob(name)]
+print(json.dumps(tools + caches + left[:5]))
+"""
+    assert python(image, program) == []
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_bytecode_is_compiled(python, image: str) -> None:
+    program = """
+import json
+from pathlib import Path
+import trainer.stage, yaml, pydantic
+print(json.dumps([m.__cached__ for m in (trainer.stage, yaml, pydantic) if not Path(m.__cached__).is_file()]))
+"""
+    assert python(image, program) == []
+
+
+@pytest.mark.parametrize("image", BUDGETS)
+def test_the_image_keeps_its_budget(engine, image: str) -> None:
+    assert size_of(engine, image) <= BUDGETS[image]
+
+
+def test_the_trainers_image_adds_little_to_torch(python) -> None:
+    sizes = python("trainer", SIZES)
+    assert sizes["torch"] > 1000 * MB
+    assert sizes["rest"] + sizes["code"] <= TRAINER_BUDGET, sizes
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_labels_user_and_entry_point(engine, image: str) -> None:
+    config = engine.images.get(name_of(image)).attrs["Config"]
+    labels = {name.removeprefix("org.opencontainers.image."): text for name, text in config["Labels"].items()}
+    assert (labels["title"], labels["version"]) == (f"millrace/{image}", __version__)
+    assert (labels["licenses"], labels["base.name"]) == ("Apache-2.0", "python:3.11-slim")
+    assert len(labels["revision"]) == 40
+    assert labels["description"]
+    assert labels["created"].endswith("Z")
+    assert config["User"] == f"{USER}:{USER}"
+    assert config["Entrypoint"] == ["python", "-m", "trainer"]
+
+
+def local(folder: Path, inputs: dict[str, str], outputs: dict[str, str], values: dict) -> dict:
+    """An ExecutorInput as kfp.local gives it."""
+    kind = {"schemaTitle": "system.Artifact", "schemaVersion": "0.0.1"}
+
+    def port(name: str, uri: str) -> dict:
+        return {"artifacts": [{"name": name, "type": kind, "uri": uri, "metadata": {}}]}
+
+    return {
+        "inputs": {"parameterValues": values, "artifacts": {name: port(name, uri) for name, uri in inputs.items()}},
+        "outputs": {
+            "artifacts": {name: port(name, uri) for name, uri in outputs.items()},
+            "outputFile": f"{folder}/executor_output.json",
+        },
+    }
+
+
+def backend(folder: Path, inputs: dict[str, str], outputs: dict[str, str], values: dict) -> dict:
+    """As the backend's launcher gives it: URIs of the object store, numbered names, executor-logs."""
+
+    def port(name: str, uri: str, given: bool) -> dict:
+        kind = {"instanceSchema": ""} if given else {"schemaTitle": "system.Dataset", "schemaVersion": "0.0.1"}
+        return {"artifacts": [{"name": "17" if given else name, "type": kind, "uri": f"minio:/{uri}"}]}
+
+    return {
+        "inputs": {
+            "parameterValues": values,
+            "artifacts": {name: port(name, uri, True) for name, uri in inputs.items()},
+        },
+        "outputs": {
+            "artifacts": {
+                name: port(name, uri, False) for name, uri in {**outputs, "executor-logs": "/l/executor-logs"}.items()
+            },
+            "outputFile": f"{folder}/output_metadata.json",
+        },
+    }
+
+
+@pytest.mark.parametrize("dialect", [local, backend])
+def test_preprocess_and_train_run_hardened_in_both_dialects(start, shared: Path, rows: Path, dialect) -> None:
+    mounted = {str(shared): {"bind": str(shared), "mode": "rw"}}
+    base = str(shared)
+    if dialect is backend:
+        mounted[base] = {"bind": "/minio/bucket", "mode": "rw"}
+        base = "/bucket"
+    source = {str(rows.parent): {"bind": "/source", "mode": "ro"}}
+    place = "/minio/bucket" if dialect is backend else base
+    values = {"overrides": f"data.source=/source/rows.csv {SMALL}"}
+    steps = {
+        "preprocess": ("data", {}, {"dataset": f"{base}/dataset"}),
+        "train": ("trainer", {"dataset": f"{base}/dataset"}, {"model": f"{base}/model"}),
+    }
+    for stage, (image, inputs, outputs) in steps.items():
+        given = dialect(Path(place) / stage, inputs, outputs, values)
+        volumes = [f"{path}:{each['bind']}:{each['mode']}" for path, each in [*mounted.items(), *source.items()]]
+        container = start(image, stage, "--executor-input", json.dumps(given), volumes=volumes)
+        assert container.wait(timeout=240)["StatusCode"] == 0, container.logs().decode()
+        (port,) = outputs
+        written = json.loads(next((shared / stage).glob("*.json")).read_text(encoding="utf-8"))
+        found = manifest.read(shared / port)
+        assert written["artifacts"][port]["artifacts"][0]["metadata"]["digest"] == found.digest
+
+
+def test_preprocess_gives_the_laptops_digest(run, shared: Path, rows: Path) -> None:
+    words = ["preprocess", "--out", f"dataset={shared}/there", f"data.source={rows}", "data.tokenizer.vocab_size=300"]
+    done = run("data", *words, folder=shared)
+    assert done.code == 0, done.text
+    words[2] = f"dataset={shared}/here"
+    subprocess.run([sys.executable, "-m", "trainer", *words], check=True, capture_output=True, timeout=240)
+    assert manifest.read(shared / "there").digest == manifest.read(shared / "here").digest
+
+
+def test_exit_codes_come_through(run, shared: Path) -> None:
+    done = run("data", "preprocess", "--out", f"dataset={shared}/ds", "data.source=/nowhere.csv", folder=shared)
+    assert done.code == 2
+    assert "/nowhere.csv" in done.text
+    assert not (shared / "ds").exists()
