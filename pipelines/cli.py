@@ -62,11 +62,21 @@ def build_parser() -> Parser:
     _add_report(command)
     _add_config(command)
     cli_kfp.add_commands(command)
+    _add_doctor(command)
     command("version", "print the version", "version")
     return parser
 
 
 Command = Callable[..., Parser]
+
+
+def _add_doctor(command: Command) -> None:
+    sub = command("doctor", "say what is wrong with this machine, or with the cluster, and how to put it right", "doctor")
+    sub.add_argument("--cluster", action="store_true", help="also look at the cluster that KUBECONFIG names")
+    sub.add_argument(
+        "--namespace", metavar="NAME", default="kubeflow", help="where Kubeflow Pipelines is installed (default: kubeflow)"
+    )
+    sub.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_run(command: Command) -> None:

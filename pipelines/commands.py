@@ -265,6 +265,13 @@ def config(args: Namespace) -> int:
     return EXIT_OK
 
 
+def doctor(args: Namespace) -> int:
+    """`millrace doctor`."""
+    from pipelines import doctor as found
+
+    return found.run(args.cluster, args.namespace, args.json)
+
+
 def version(args: Namespace) -> int:
     """`millrace version`."""
     print(f"millrace {__version__}")
