@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -90,6 +91,9 @@ def _client(address: str) -> Iterator[DockerClient]:
     from docker.errors import DockerException
 
     try:
+        if address.startswith("unix://"):  # docker leaks its socket if nobody answers
+            with closing(socket.socket(socket.AF_UNIX)) as probe:
+                probe.connect(address.removeprefix("unix://"))
         client = docker.DockerClient(base_url=address, timeout=120)
         client.ping()
     except (DockerException, OSError) as error:
@@ -120,22 +124,22 @@ def _own_podman() -> Iterator[str]:
     if not podman:
         raise MillraceError("no container engine: neither Docker nor podman is running here", _FIX)
     with tempfile.TemporaryDirectory(prefix="millrace-") as folder:
-        socket = Path(folder) / "podman.sock"
+        path = Path(folder) / "podman.sock"
         errors = Path(folder) / "errors"
         # A session of its own: the terminal's Ctrl-C is for us, and the service is needed to clean up after it.
         with open(errors, "wb") as log:
             process = subprocess.Popen(
-                [podman, "system", "service", "--time=0", f"unix://{socket}"],
+                [podman, "system", "service", "--time=0", f"unix://{path}"],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         try:
             deadline = time.monotonic() + _START_S
-            while not socket.is_socket():
+            while not path.is_socket():
                 if process.poll() is not None or time.monotonic() > deadline:
                     said = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
                     raise MillraceError(f"podman's service does not start: {' '.join(said[-2:])}", _FIX)
                 time.sleep(0.05)
-            yield f"unix://{socket}"
+            yield f"unix://{path}"
         finally:
             process.terminate()
             try:
