@@ -40,6 +40,5 @@ def micro_roc(actual: np.ndarray, probabilities: np.ndarray, points: int = POINT
     false = np.cumsum((every - hits)[used]) / (rows * (labels - 1))
     length = true + false
     kept = np.unique(np.searchsorted(length, np.linspace(0, 2, points - 1)[1:]).clip(0, len(used) - 1))
-    kept = np.unique([*kept.tolist(), len(used) - 1])
     curve = [((int(used[0]) + 1) / STEPS, 0.0, 0.0)]
     return curve + [(int(used[i]) / STEPS, float(false[i]), float(true[i])) for i in kept]
