@@ -306,7 +306,8 @@ def test_a_secret_in_a_uri_is_on_no_page(tmp_path) -> None:
 
 
 HOSTILE = [
-    *LABELS, "```\n# out\n```", "| x |\n|---|\n| y |", "<!--", "]]>", "~~~\nx", "\ud800", "` <b>x</b> [a](b) **c** `", "", "www.evil.example a@evil.example",
+    *LABELS, "```\n# out\n```", "| x |\n|---|\n| y |", "<!--", "]]>", "~~~\nx", "\ud800",
+    "` <b>x</b> [a](b) **c** `", "", "www.evil.example a@evil.example",
 ]  # fmt: skip
 
 
