@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import project
-from pipelines.dvcfile import OUT
+from pipelines.dvcfile import CONTAINERS, OUT
 from trainer import __version__, presets, storage
 from trainer.config import Params
 from trainer.config.load import dump, load
@@ -240,9 +240,12 @@ def _version_line(row: dict[str, Any]) -> str:
 
 def report(args: Namespace) -> int:
     """`millrace report`: the path on stdout, for a person or another program."""
-    path = Path(OUT) / "evaluation" / "report.html"
-    if not path.is_file():
-        raise ArtifactError(f"{path}: no such file", "make one: millrace run")
+    # Of the laptop engine's run or of the container engine's, whichever was later.
+    paths = [Path(OUT) / "evaluation" / "report.html", Path(CONTAINERS) / "latest" / "evaluation" / "report.html"]
+    found = [path for path in paths if path.is_file()]
+    if not found:
+        raise ArtifactError(f"{paths[0]}: no such file", "make one: millrace run")
+    path = max(found, key=lambda path: path.stat().st_mtime)
     print(path)
     if args.open:
         import webbrowser

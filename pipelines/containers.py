@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import docker_runner, dvcfile, local, project, sandbox, screen, sockets
 from pipelines.chain import Chain
-from pipelines.dvcfile import OUT
+from pipelines.dvcfile import CONTAINERS
 from pipelines.engine import Event
 from trainer import storage
 from trainer.config import Params
@@ -29,8 +29,7 @@ from trainer.errors import EXIT_CODES, EXIT_OK, EXIT_REFUSED, ConfigError, Millr
 if TYPE_CHECKING:
     from docker import DockerClient
 
-FOLDER = f"{OUT}/containers"
-LATEST = f"{FOLDER}/latest"
+LATEST = f"{CONTAINERS}/latest"
 LOG = "run.log"
 _TAIL = 12
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -142,7 +141,7 @@ def stages_of(spec: dict[str, Any]) -> list[str]:
 
 
 def _make_folder() -> Path:
-    folder = Path(FOLDER) / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    folder = Path(CONTAINERS) / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     with storage.explained(folder):
         folder.mkdir(parents=True)
     return folder

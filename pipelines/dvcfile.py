@@ -33,6 +33,7 @@ HEADER = """\
 # Generated from trainer/stage.py and params.yaml by pipelines/dvcfile.py; `millrace run` keeps it up to date.
 """
 OUT = "out"
+CONTAINERS = f"{OUT}/containers"  # of the container engine; DVC knows nothing of it
 RAW = "data/raw"
 BUILTIN = "builtin:"
 # Their verdict depends on the registry as well as on what DVC tracks.

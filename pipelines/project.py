@@ -26,7 +26,7 @@ from trainer.errors import ConfigError, DataError, MillraceError
 
 PARAMS = "params.yaml"
 CONFIG = "[core]\n    analytics = false\n    check_update = false\n    autostage = false\n"
-IGNORED_BY_DVC = "# Folders in which DVC looks for nothing.\n.venv\nregistry\nout/.scratch\n"
+IGNORED_BY_DVC = "# Folders in which DVC looks for nothing.\n.venv\nregistry\nout/.scratch\nout/containers\n"
 IGNORED_BY_GIT = "/out/\n/registry/\n/data/raw/\n/dvc_plots/\n"
 LOCAL_DVC_FILES = "/config.local\n/tmp\n/cache\n"
 
