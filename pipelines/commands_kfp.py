@@ -208,7 +208,7 @@ def schedule(args: Namespace) -> int:
             raise ConfigError(
                 f"schedule {action}: no such action; {nearest(action, ACTIONS)}", "see `millrace schedule --help`"
             )
-        if args.cron or len(args.overrides) > 2:
+        if (args.cron and action != "next") or len(args.overrides) > 2:
             raise ConfigError(f"schedule {action}: takes a name and nothing else", "see `millrace schedule --help`")
         return _act(args, action, (args.overrides[1:] or [args.name])[0])
     if not args.cron:

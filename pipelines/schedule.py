@@ -1,8 +1,9 @@
 """Recurring runs that follow params.yaml: `millrace schedule`. One name, one schedule, whatever breaks off when.
 
 The server has no call that changes a recurring run, only create, enable, disable and delete. A changed schedule is
-therefore replaced: the new one is created disabled, its description naming the old one; the old one is disabled; the new
-one is enabled; the old one is deleted. `settle` finishes or takes back what a crash left in between:
+therefore replaced: the new one is created disabled, with the next number of change and whether the old one was paused
+in its description; the old one is disabled; the new one is enabled; the old one is deleted. `settle` finishes or takes
+back what a crash left in between:
 
     old enabled,  new disabled    before the point of no return: the new one is deleted
     old disabled, new disabled    after it: the new one is enabled, if the old one was not paused; the old one is deleted
@@ -30,7 +31,7 @@ from trainer.errors import ConfigError
 
 _MARK = re.compile(
     r"\[millrace schedule digest=(?P<digest>[0-9a-f]{32}) key=(?P<key>[0-9a-f]{12})"
-    r"(?: replaces=(?P<old>[\w-]+) paused=(?P<paused>yes|no))?\]"
+    r" change=(?P<change>\d{1,9}) paused=(?P<paused>yes|no)\]"
 )
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,50}[a-z0-9])?")
 
@@ -46,8 +47,8 @@ class Schedule:
         enabled: whether it starts runs.
         digest: of pipeline, times and arguments.
         key: of the request that created it.
-        replaces: id of the one it takes the place of; else empty.
-        was_paused: whether that one was paused.
+        change: how many of this name came before it.
+        was_paused: whether the one before was paused.
         created: when, as the server writes it.
     """
 
@@ -57,7 +58,7 @@ class Schedule:
     enabled: bool
     digest: str
     key: str
-    replaces: str
+    change: int
     was_paused: bool
     created: str
 
@@ -158,7 +159,7 @@ def settle(api: Api, found: list[Schedule], new: str = "") -> tuple[Schedule | N
             set_enabled(api, last.id, True)
         except KfpError:
             # Better the old times than none. Should this fail too, the next command finishes the change.
-            if old[-1].id == last.replaces and old[-1].enabled:
+            if old[-1].enabled:
                 set_enabled(api, old[-1].id, True)
             raise
         last = _with(last, enabled=True)
@@ -167,10 +168,9 @@ def settle(api: Api, found: list[Schedule], new: str = "") -> tuple[Schedule | N
 
 
 def _is_draft(found: list[Schedule]) -> bool:
-    """Whether the newest was created for a change that then did not begin: what it replaces still runs."""
+    """Whether the newest was created for a change that then did not begin: an older one still runs."""
     last = found[-1]
-    old = next((each for each in found if each.id == last.replaces), None)
-    return old is not None and old.enabled and not last.enabled
+    return last.change > 0 and not last.enabled and any(each.enabled for each in found[:-1])
 
 
 def pause(api: Api, name: str) -> Schedule:
@@ -252,11 +252,11 @@ def _unknown(api: Api, name: str) -> ConfigError:
 def _create(api: Api, name: str, content: Json, digest: str, old: Schedule | None) -> Schedule:
     """Create it: enabled if it is the first of its name, else as a disabled one that takes the old one's place."""
     key = uuid.uuid4().hex[:12]  # the server may keep no more than 255 characters of a description
-    change = f" replaces={old.id} paused={'no' if old.enabled else 'yes'}" if old else ""
+    mark = f"digest={digest} key={key} change={old.change + 1 if old else 0} paused={'yes' if old and not old.enabled else 'no'}"
     parent = experiment(api, create=True)
     body: Json = {
         "display_name": name,
-        "description": f"Made by millrace {__version__}. [millrace schedule digest={digest} key={key}{change}]",
+        "description": f"Made by millrace {__version__}. [millrace schedule {mark}]",
         "experiment_id": parent,
         "mode": "DISABLE" if old else "ENABLE",
         "max_concurrency": "1",
@@ -310,13 +310,8 @@ def delete(api: Api, schedule_id: str) -> None:
 
 
 def _ordered(found: list[Schedule]) -> list[Schedule]:
-    """By age; within a second, in which the server counts, what replaces is younger than what it replaces."""
-    found = sorted(found, key=lambda each: (each.created, each.id))
-    replaced = {each.replaces: each for each in found if each.replaces}
-    ordered: list[Schedule] = []
-    for each in found:
-        ordered += [one for one in (each, replaced.get(each.id)) if one and one not in ordered]
-    return ordered
+    """The older first: by the number of the change, then by time, which the server counts in seconds."""
+    return sorted(found, key=lambda each: (each.change, each.created, each.id))
 
 
 def _read(found: Json) -> Schedule | None:
@@ -327,7 +322,7 @@ def _read(found: Json) -> Schedule | None:
     trigger: dict[str, Any] = (found.get("trigger") or {}).get("cron_schedule") or {}
     return Schedule(
         id=str(found["recurring_run_id"]), name=str(found.get("display_name")), cron=str(trigger.get("cron") or ""),
-        enabled=found.get("status") == "ENABLED", digest=mark["digest"], key=mark["key"], replaces=mark["old"] or "",
+        enabled=found.get("status") == "ENABLED", digest=mark["digest"], key=mark["key"], change=int(mark["change"]),
         was_paused=mark["paused"] == "yes", created=str(found.get("created_at") or ""),
     )  # fmt: skip
 

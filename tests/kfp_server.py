@@ -351,6 +351,7 @@ class KfpServer(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: KfpServer
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer in one packet: the second would wait for the first one's receipt
 
     def log_message(self, *_: object) -> None:
         pass
