@@ -101,6 +101,8 @@ def type_name(annotation: Any) -> str:
         return "one of " + ", ".join(map(str, args))
     if origin is tuple:
         return f"list of {type_name(args[0])}"
+    if origin is dict:
+        return f"mapping to {type_name(args[1])}"
     if origin in (Union, types.UnionType):
         return " or ".join("empty" if arg is type(None) else type_name(arg) for arg in args)
     return {str: "string", bool: "true or false", int: "int", float: "float"}.get(annotation, str(annotation))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from trainer.artifacts import manifest
 from trainer.config import Params
 from trainer.config.load import apply_overrides, validate
 from trainer.config.text import parse_yaml
-from trainer.errors import EXIT_OK, ConfigError, DataError, GateRefused, StorageError
+from trainer.errors import EXIT_OK, ConfigError, DataError, GateRefused, MillraceError, StorageError
 from trainer.stage import STAGES, Result, execute
 
 # Name of the parameter that holds a section of params.yaml as JSON text: sections and artifacts may share a name.
@@ -119,7 +120,7 @@ def run(name: str, text: str, overrides: Sequence[str], scratch: str = "") -> in
             if port in given.outputs and outputs[port] != local_artifact(given.outputs[port]["uri"]):
                 refer(local_artifact(given.outputs[port]["uri"]), outputs[port], found.digest)
             metadata[port] = _metadata(found, result.metrics)
-        metadata.update(show(given, name, ins, outs, result))
+        metadata.update(show(given, name, ins, outs, result, temporary=_is_temporary(params.promote.registry)))
 
     if given.store and not scratch and not storage.is_remote(given.store):
         scratch = f"{given.store}/.scratch"  # a retried pod finds the checkpoints of the one that was lost
@@ -128,6 +129,14 @@ def run(name: str, text: str, overrides: Sequence[str], scratch: str = "") -> in
         execute(name, params, inputs, outputs, scratch, expect=_expected(given, name), after=after)
     except GateRefused as error:
         refused = error
+    except MillraceError as error:
+        if "summary" in given.outputs:
+            there = {
+                port: Path(uri) for port, uri in inputs.items() if not storage.is_remote(uri) and Path(uri).exists()
+            }
+            page = views.summary(name, there, {}, {}, error=str(error))
+            storage.write_atomic(Path(local_artifact(given.outputs["summary"]["uri"])), page.encode())
+        raise
     write(given, metadata)
     if refused:
         raise refused
@@ -207,14 +216,28 @@ def _metadata(found: manifest.Manifest, metrics: Mapping[str, float]) -> dict[st
     return {**figures, "digest": found.digest, "data_version": str(version or "")}
 
 
+def _is_temporary(registry: str) -> bool:
+    """Whether a registry ends with this container: the one that `configure` chose because none was given."""
+    return not storage.is_remote(registry) and storage.local_path(registry).is_relative_to(tempfile.gettempdir())
+
+
 def show(
-    given: Given, name: str, inputs: Mapping[str, Path], outputs: Mapping[str, Path], result: Result
+    given: Given,
+    name: str,
+    inputs: Mapping[str, Path],
+    outputs: Mapping[str, Path],
+    result: Result,
+    *,
+    temporary: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Write what the run page shows, for each view that was asked for; returns their metadata."""
+    """Write what the run page shows, for each view that was asked for; returns their metadata.
+
+    `temporary`: the registry ends with this container, which the page then says.
+    """
     metadata: dict[str, dict[str, Any]] = {}
     wanted = {port: Path(local_artifact(given.outputs[port]["uri"])) for port in given.outputs}
     if "summary" in wanted:
-        text = views.summary(name, inputs, outputs, result.metrics)
+        text = views.summary(name, inputs, outputs, result.metrics, temporary=temporary)
         storage.write_atomic(wanted["summary"], text.encode())
         metadata["summary"] = {}
     for port, page in views.pages(name, outputs).items():

@@ -21,8 +21,7 @@ class Facts:
         metrics: what the stage returned.
         meta: `meta` of the stage's first output.
         record: `record` of it: resolved parameters, seconds, memory.
-        temporary: whether local files end with the container that the stage runs in.
-        mounted: local folders that outlive it.
+        temporary: whether the registry ends with the container that the stage runs in.
     """
 
     outputs: Mapping[str, Path]
@@ -30,7 +29,6 @@ class Facts:
     meta: Mapping[str, Any]
     record: Mapping[str, Any]
     temporary: bool = False
-    mounted: tuple[str, ...] = ()
 
     def read(self, port: str, name: str) -> dict[str, Any]:
         """A JSON file of an output; empty if it is not there or no JSON object."""

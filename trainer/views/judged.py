@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import posixpath
 import shlex
 from collections.abc import Mapping
-from pathlib import PurePosixPath
 from typing import Any
 
-from trainer import storage
 from trainer.views import markdown as md
 from trainer.views.facts import Facts, Told
 from trainer.views.prepared import FEW_ROWS
@@ -73,13 +70,12 @@ def promote(facts: Facts) -> Told:
     warnings = []
     if not champion:
         warnings.append("The registry has no champion: nothing of it is served until one is promoted or named.")
-    lost = facts.temporary and _is_lost(str(found["registry"]), facts.mounted)
-    if lost:
+    if facts.temporary:
         warnings.append(
-            "**The registry ends with this step**: `promote.registry` is a folder inside its container, so no later run"
-            " finds this version or champion. Set `promote.registry` to a URI (`s3://…`) or to a mounted volume."
+            "**The registry ends with this step**: it is a folder inside of its container, so no later run finds this"
+            " version or champion. Set the pipeline input `registry` to a URI (`s3://…`) or to a mounted path."
         )
-    steps = [] if lost else _commands(found, promoted)
+    steps = [] if facts.temporary else _commands(found, promoted)
     if not promoted:
         steps.append("The report of stage evaluate shows where it errs; more trials or epochs may help.")
     return Told(lead, [md.table(("", ""), rows, left=2)], warnings, steps, "promoted" if promoted else "refused")
@@ -110,14 +106,6 @@ def _verdict(decision: Any) -> str:
 def _sentence(text: Any) -> str:
     plain = str(text)
     return f"{md.prose(plain[:1].upper() + plain[1:])}."
-
-
-def _is_lost(registry: str, mounted: tuple[str, ...]) -> bool:
-    """Whether a registry is a local folder that is not below one of those that outlive the container."""
-    if storage.is_remote(registry):
-        return False
-    path = PurePosixPath(posixpath.normpath(registry.removeprefix("file://")))
-    return not any(path.is_relative_to(each) for each in mounted)
 
 
 def _figures(found: Mapping[str, Any]) -> str:

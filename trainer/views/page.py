@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from trainer.artifacts.manifest import Manifest
@@ -33,7 +33,6 @@ def summary(
     *,
     error: str = "",
     temporary: bool = False,
-    mounted: Sequence[str] = (),
 ) -> str:
     """One page of Markdown about a run of a stage; no row of the data is on it.
 
@@ -43,13 +42,12 @@ def summary(
         outputs: local folder of each output; one that is not there is left out.
         metrics: what the stage returned.
         error: why the stage failed; empty if it did not.
-        temporary: whether local files end with the container that the stage runs in.
-        mounted: local folders that outlive it.
+        temporary: whether the registry ends with the container that the stage runs in.
     """
     made = {port: open_manifest(folder) for port, folder in outputs.items()}
     first = next((found for found in made.values() if found), None)
     record = first.record if first else {}
-    facts = Facts(outputs, metrics, first.meta if first else {}, record, temporary, tuple(mounted))
+    facts = Facts(outputs, metrics, first.meta if first else {}, record, temporary)
     told = _failed(stage, error) if error else _tell(stage, facts)
     parts = [
         f"# {stage}: {told.outcome}",
