@@ -1,8 +1,9 @@
 """Remove from an environment what no stage reads: `python images/slim.py SITE_PACKAGES`, while an image is built.
 
 Tests, static libraries, sources and symbol tables of extension modules, and parts of large packages that nothing here
-imports: the descriptions of 400 AWS services but those that an object store needs, Arrow's RPC server, a second copy of
-onnxruntime. Code and data that stay are untouched, so results are those of the whole packages.
+imports: the descriptions of 400 AWS services but those that an object store needs, Arrow's RPC server, copies of Arrow's
+and onnxruntime's libraries, SciPy's file formats and signal processing. Code and data that stay are untouched, so
+results are those of the whole packages.
 """
 
 from __future__ import annotations
@@ -27,20 +28,23 @@ DROP = (
     "pyarrow/_flight.*",
     "pyarrow/include",
     "pyarrow/libarrow_flight.so*",
+    "pyarrow/libarrow_python.so",
+    "pyarrow/libarrow_python.so.*.*",
     "pyarrow/src",
+    "scipy/cluster",
+    "scipy/datasets",
+    "scipy/fftpack",
+    "scipy/io",
+    "scipy/misc",
+    "scipy/odr",
+    "scipy/signal",
     "sklearn/datasets/data",
     "sklearn/datasets/images",
+    "test",
 )
 AWS_SERVICES = frozenset({"s3", "sso", "sso-oidc", "sts"})
-# Linked with their symbol tables, which only debuggers read.
-STRIP = (
-    "cryptography/hazmat/bindings/*.so",
-    "daft/*.so",
-    "pyarrow/*.so",
-    "pyarrow/*.so.*",
-    "pydantic_core/*.so",
-    "tokenizers/*.so",
-)
+# Their symbols stay, for the traces of crashes; elsewhere symbol tables go, which only debuggers read.
+UNSTRIPPED = frozenset({"cuda", "nvidia", "torch", "triton"})
 
 ELF64 = b"\x7fELF\x02\x01"
 HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
@@ -52,6 +56,12 @@ def unneeded(site: Path) -> list[Path]:
     found = {path for pattern in DROP for path in site.glob(pattern)}
     found |= {path for path in site.glob("botocore/data/*") if path.is_dir() and path.name not in AWS_SERVICES}
     return sorted(path for path in found if not found.intersection(path.parents))
+
+
+def libraries(site: Path) -> list[Path]:
+    """Shared objects to strip."""
+    found = (path for path in site.rglob("*.so*") if path.is_file() and not path.is_symlink())
+    return sorted(path for path in found if path.relative_to(site).parts[0] not in UNSTRIPPED)
 
 
 def strip(content: bytes) -> bytes:
@@ -83,7 +93,7 @@ def main(site: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-    for path in (path for pattern in STRIP for path in site.glob(pattern)):
+    for path in libraries(site):
         path.write_bytes(strip(path.read_bytes()))
     print(f"{site}: {before / 1e6:.0f} MB, {size(site) / 1e6:.0f} MB without what no stage reads")
 

@@ -57,11 +57,6 @@ def engine() -> Iterator[Any]:
             f"no container engine answers ({error}); start Docker, or `podman system service --time=0 unix://SOCKET` "
             "and DOCKER_HOST=unix://SOCKET"
         )
-    for image in IMAGES:
-        try:
-            client.images.get(name_of(image))
-        except docker.errors.ImageNotFound:
-            pytest.fail(f"no image {name_of(image)}: make images")
     yield client
     client.close()
 
@@ -69,17 +64,20 @@ def engine() -> Iterator[Any]:
 @pytest.fixture
 def start(engine: Any) -> Iterator[Callable[..., Any]]:
     """Start a container of an image, hardened; all of them are removed at the end."""
+    import docker
+
     started = []
 
     def start(image: str, *words: str, **options: Any) -> Any:
         name = f"millrace-test-{uuid.uuid4().hex[:12]}"
         started.append(name)
-        return engine.containers.run(name_of(image), list(words), detach=True, name=name, **(HARDENED | options))
+        try:
+            return engine.containers.run(name_of(image), list(words), detach=True, name=name, **(HARDENED | options))
+        except docker.errors.ImageNotFound:
+            pytest.fail(f"no image {name_of(image)}: make images")
 
     yield start
     for name in started:
-        import docker
-
         try:
             engine.containers.get(name).remove(force=True)
         except docker.errors.NotFound:
@@ -104,8 +102,8 @@ def run(start: Callable[..., Any]) -> Callable[..., Done]:
 def python(run: Callable[..., Done]) -> Callable[..., Any]:
     """Run a program in an image's Python and give what it prints, read as JSON."""
 
-    def python(image: str, program: str) -> Any:
-        done = run(image, "-c", program, entrypoint=["python"])
+    def python(image: str, program: str, **options: Any) -> Any:
+        done = run(image, "-c", program, entrypoint=["python"], **options)
         assert done.code == 0, done.text
         return json.loads(done.text)
 

@@ -9,6 +9,7 @@ import pytest
 
 from pipelines import docs
 from pipelines.cli import build_parser
+from trainer import __version__
 from trainer.__main__ import build_parser as build_stage_parser
 from trainer.config.load import parse_override, validate
 
@@ -74,6 +75,10 @@ def test_command_parses(page: str, line: str) -> None:
         check_overrides(getattr(args, "overrides", []))
     elif words[:3] == ["python", "-m", "trainer"]:
         check_overrides(build_stage_parser().parse_args(words[3:]).overrides)
+    elif words[:2] == ["docker", "run"]:
+        image = next(i for i, word in enumerate(words) if word.startswith("docker.io/"))
+        assert re.fullmatch(rf"docker\.io/millrace/(data|trainer|launcher):{re.escape(__version__)}", words[image])
+        check_overrides(build_stage_parser().parse_args(words[image + 1 :]).overrides)
     elif words[0] == "dvc":
         assert words[1] in ("repro", "exp", "metrics", "plots")
         if "-S" in words:

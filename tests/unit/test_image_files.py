@@ -249,12 +249,13 @@ def test_slim_removes_tests_and_keeps_code(tmp_path) -> None:
 
 def test_every_pattern_of_slim_still_finds_something() -> None:
     site = Path(sysconfig.get_path("purelib"))
-    assert [pattern for pattern in (*slim.DROP, *slim.STRIP) if not next(site.glob(pattern), None)] == []
+    assert [pattern for pattern in slim.DROP if not next(site.glob(pattern), None)] == []
     assert all((site / "botocore" / "data" / name).is_dir() for name in slim.AWS_SERVICES)
 
 
 def test_a_stripped_library_is_smaller_and_loads(tmp_path) -> None:
-    (library,) = Path(sysconfig.get_path("purelib")).glob("tokenizers/*.so")
+    site = Path(sysconfig.get_path("purelib"))
+    (library,) = [path for path in slim.libraries(site) if path.parent.name == "tokenizers"]
     content = slim.strip(library.read_bytes())
     assert len(content) < 0.9 * library.stat().st_size
     path = tmp_path / library.name
