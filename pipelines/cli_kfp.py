@@ -60,9 +60,21 @@ def _add_schedule(command: Command) -> None:
     sub.add_argument("--count", metavar="N", type=int, default=5, help="with `next`: how many times (default: 5)")
     _connection(sub)
     sub.add_argument(
-        "overrides", metavar="ls|pause|resume|rm|next [NAME] or section.key=value", nargs="*", default=[],
+        "overrides", metavar="ls|pause|resume|rm|next [NAME] or section.key=value", nargs="*", default=[], action=Words,
         help="what to do with schedules that are there, or, with --cron, parameters to set",
     )  # fmt: skip
+    sub.set_defaults(words=[])
+
+
+class Words(argparse.Action):
+    """Words with a `=` are overrides; the others are an action and a name."""
+
+    def __call__(
+        self, parser: object, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        """Put them apart."""
+        namespace.words = [word for word in values if "=" not in word]
+        namespace.overrides = [word for word in values if "=" in word]
 
 
 def _add_status(command: Command) -> None:

@@ -202,15 +202,17 @@ def _print(text: str) -> None:
 
 def schedule(args: Namespace) -> int:
     """`millrace schedule`."""
-    action = args.overrides[0] if args.overrides and "=" not in args.overrides[0] else ""
-    if action:
+    # Words after an option come with the overrides.
+    words = [*args.words, *(word for word in args.overrides if "=" not in word)]
+    if words:
+        action = words[0]
         if action not in ACTIONS:
             raise ConfigError(
                 f"schedule {action}: no such action; {nearest(action, ACTIONS)}", "see `millrace schedule --help`"
             )
-        if (args.cron and action != "next") or len(args.overrides) > 2:
+        if (args.cron and action != "next") or len(words) > 2 or any("=" in word for word in args.overrides):
             raise ConfigError(f"schedule {action}: takes a name and nothing else", "see `millrace schedule --help`")
-        return _act(args, action, (args.overrides[1:] or [args.name])[0])
+        return _act(args, action, (words[1:] or [args.name])[0])
     if not args.cron:
         raise ConfigError(
             "schedule: no times", 'give --cron "0 3 * * 1" (Mondays 03:00 UTC), or one of ls, pause, resume, rm, next'

@@ -292,7 +292,7 @@ def test_the_commands_from_ls_to_rm(server: KfpServer, capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     assert out.startswith("no schedules\nschedule nightly: created\n")
     assert out.count("00:00:00 UTC") == 3
-    assert main(["schedule", "pause", "nightly"]) == 0
+    assert main(["schedule", "--experiment", "millrace", "pause", "--host", server.url, "nightly"]) == 0
     assert main(["schedule", "ls"]) == 0
     assert "paused" in capsys.readouterr().out.splitlines()[-1]
     assert main(["schedule", "resume", "nightly"]) == 0
@@ -302,7 +302,9 @@ def test_the_commands_from_ls_to_rm(server: KfpServer, capsys: pytest.CaptureFix
     assert main(["schedule", "rm", "nightly"]) == 2
 
 
-@pytest.mark.parametrize("words", [["rn"], ["pause", "wekly"], ["ls", "a", "b"], ["pause", "--cron", "@daily"], []])
+@pytest.mark.parametrize(
+    "words", [["rn"], ["pause", "wekly"], ["ls", "a", "b"], ["pause", "--cron", "@daily"], ["ls", "train.epochs=3"], []]
+)
 def test_a_wrong_word_is_answered_with_help(
     server: KfpServer, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
