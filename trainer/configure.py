@@ -187,8 +187,9 @@ def summary(plan: Plan, values: Mapping[str, Any]) -> str:
         ("champion", code(plan.champion[0]) if plan.champion[0] else "none"),
         ("store", code(values.get("store") or "KFP's own")),
     ]  # fmt: skip
-    if values.get("scheduled_at"):
-        rows.append(("scheduled at", code(values["scheduled_at"])))
+    slot = str(values.get("scheduled_at") or "")
+    if slot and "{{" not in slot:  # hosts before 2.16 leave the placeholder as it is
+        rows.append(("scheduled at", code(slot)))
     lines = ["# configure", "", "Every parameter was checked.", "", table(("", ""), rows)]
     if not plan.proceed:
         lines += ["", "**Nothing new:** the champion was trained on this version of the data. The run ends here."]

@@ -25,7 +25,7 @@ from trainer.artifacts import manifest
 from trainer.config import Params
 from trainer.config.load import apply_overrides, validate
 from trainer.config.text import parse_yaml
-from trainer.errors import EXIT_OK, ConfigError, DataError, GateRefused, MillraceError, StorageError
+from trainer.errors import EXIT_OK, ArtifactError, ConfigError, DataError, GateRefused, MillraceError, StorageError
 from trainer.stage import STAGES, Result, execute
 
 # Name of the parameter that holds a section of params.yaml as JSON text: sections and artifacts may share a name.
@@ -197,16 +197,25 @@ def dereference(path: str) -> str:
     """Where an input's files are: the path itself, or what its reference names.
 
     Raises:
-        StorageError: the reference is none.
+        StorageError: the reference is none, or what it names is not there.
+        ArtifactError: something else is there by now.
     """
     reference = Path(path) / REFERENCE
     if storage.is_remote(path) or not reference.is_file():
         return path
+    again = "run the pipeline again without its cache: an earlier result is used that is no longer in the store"
     try:
-        uri = json.loads(reference.read_bytes())["uri"]
+        content = json.loads(reference.read_bytes())
+        uri, digest = str(content["uri"]), str(content["digest"])
     except (OSError, ValueError, KeyError, TypeError):
         raise StorageError(f"{reference}: not a reference", "run the stage that makes it again") from None
-    return str(uri)
+    try:
+        found = json.loads(storage.read_bytes(f"{uri}/{storage.MANIFEST}"))["digest"]
+    except (StorageError, ValueError, KeyError, TypeError):
+        raise StorageError(f"{uri}: not there any more, or not readable", again) from None
+    if found != digest:
+        raise ArtifactError(f"{uri}: another artifact than the one that was made ({digest[:12]})", again)
+    return uri
 
 
 def _metadata(found: manifest.Manifest, metrics: Mapping[str, float]) -> dict[str, Any]:

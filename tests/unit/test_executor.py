@@ -14,7 +14,7 @@ import pytest
 from tests import toy
 from trainer import executor
 from trainer.artifacts import manifest
-from trainer.errors import ConfigError, GateRefused, StorageError
+from trainer.errors import ArtifactError, ConfigError, GateRefused, StorageError
 from trainer.executor import local_artifact, parameters
 
 PREFIX = "mlpipeline/v2/artifacts/training/0d3c/preprocess/7b1e"
@@ -243,7 +243,19 @@ def test_two_tasks_never_share_a_place_in_the_store(tmp_path):
     assert places == {"s3://b/p/run-1/one/7b1e/made", "s3://b/p/run-1/two/7b1e/made"}
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"uri"', b"\xff"])
+def test_a_reference_to_what_is_gone_or_replaced_is_refused(tmp_path):
+    digest = manifest.read(toy.make(tmp_path / "store")).digest
+    executor.refer(str(tmp_path / "ref"), str(tmp_path / "store"), digest)
+    assert executor.dereference(str(tmp_path / "ref")) == str(tmp_path / "store")
+    shutil.rmtree(tmp_path / "store")
+    with pytest.raises(StorageError, match="not there any more"):
+        executor.dereference(str(tmp_path / "ref"))
+    toy.make(tmp_path / "store", files={"other": b"x"})
+    with pytest.raises(ArtifactError, match="another artifact"):
+        executor.dereference(str(tmp_path / "ref"))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"uri"', b"\xff", b'{"uri": "x"}'])
 def test_a_broken_reference_names_itself(content, tmp_path):
     (tmp_path / executor.REFERENCE).write_bytes(content)
     with pytest.raises(StorageError, match=r"reference\.json"):
