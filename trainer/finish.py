@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import urllib.error
 import urllib.request
 from collections import defaultdict
@@ -35,7 +36,7 @@ def run(text: str, overrides: Sequence[str] = ()) -> int:
         status = json.loads(status or "{}")
     state = str(status.get("state") or "UNKNOWN").upper()
     name, identity = (str(given.values.get(key) or "") for key in ("run_name", "run_id"))
-    if given.store and identity:
+    if given.store and re.fullmatch(r"\w[\w.-]*", identity):  # never the store itself, or what is above it
         for folder in clean(f"{given.store}/{identity}"):
             log.say(f"finish: removed what was not finished: {redact(folder)}")
     line = f"millrace: run {name or identity} {_ENDS.get(state, 'ended')}"

@@ -107,6 +107,16 @@ def test_what_was_not_finished_is_removed_from_the_store(scheme, tmp_path, monke
     assert {name for name in files if fs.exists(f"{root}/{name}")} == {name for name, kept in files.items() if kept}
 
 
+@pytest.mark.parametrize("identity", ["", ".", "..", "../other", "/"])
+def test_only_a_run_is_cleaned(identity, tmp_path, monkeypatch):
+    monkeypatch.delenv(finish.NOTIFY_URL, raising=False)
+    deep = tmp_path / "store" / "a" / "b" / "c" / "d"
+    deep.mkdir(parents=True)
+    (deep / "file").write_text("x")
+    run(tmp_path, store=str(tmp_path / "store"), run_id=identity)
+    assert (deep / "file").exists()
+
+
 def test_a_store_without_this_run_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.delenv(finish.NOTIFY_URL, raising=False)
     run(tmp_path, store=str(tmp_path / "none"))
