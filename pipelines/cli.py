@@ -71,10 +71,15 @@ Command = Callable[..., Parser]
 
 
 def _add_doctor(command: Command) -> None:
-    sub = command("doctor", "say what is wrong with this machine, or with the cluster, and how to put it right", "doctor")
+    sub = command(
+        "doctor", "say what is wrong with this machine, or with the cluster, and how to put it right", "doctor"
+    )
     sub.add_argument("--cluster", action="store_true", help="also look at the cluster that KUBECONFIG names")
     sub.add_argument(
-        "--namespace", metavar="NAME", default="kubeflow", help="where Kubeflow Pipelines is installed (default: kubeflow)"
+        "--namespace",
+        metavar="NAME",
+        default="kubeflow",
+        help="where Kubeflow Pipelines is installed (default: kubeflow)",
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
 
@@ -222,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(words)
     from trainer.__main__ import exit_status
 
-    module = "pipelines.commands_kfp" if args.handler in cli_kfp.COMMANDS else "pipelines.commands"
+    module = cli_kfp.COMMANDS.get(args.handler, "pipelines.commands")
     handler: Callable[[argparse.Namespace], int] = getattr(importlib.import_module(module), args.handler)
     return exit_status(lambda: handler(args))
 

@@ -1,4 +1,6 @@
-"""The commands of `millrace` that talk to Kubeflow Pipelines, as argparse sees them; what they do is in commands_kfp.py."""
+"""The commands of `millrace` that talk to Kubeflow Pipelines, as argparse sees them; what they do is in
+commands_kfp.py and commands_schedule.py.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-COMMANDS = ("compile", "submit", "schedule", "status", "logs", "cancel", "runs")
+# Command -> the module that has it.
+COMMANDS = dict.fromkeys(("compile", "submit", "status", "logs", "cancel", "runs"), "pipelines.commands_kfp") | {
+    "schedule": "pipelines.commands_schedule"
+}
 ACTIONS = ("ls", "pause", "resume", "rm", "next")
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _EPILOG = """The host and the login also come from MILLRACE_KFP_HOST, MILLRACE_KFP_NAMESPACE, MILLRACE_KFP_EXPERIMENT,

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import datetime as dt
-import re
 import sys
 import time
 from argparse import Namespace
 from itertools import islice
 from pathlib import Path
 
-from pipelines import client, compiler, cron, runlogs, runview
-from pipelines import schedule as schedules
-from pipelines.cli_kfp import ACTIONS
+from pipelines import client, compiler, runlogs, runview
 from pipelines.kfp_api import Api, Json
 from pipelines.kfp_target import target
 from pipelines.project import PARAMS
@@ -23,12 +20,12 @@ from trainer.config.load import load
 from trainer.config.names import nearest
 from trainer.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, redact
 
-_TIME = "%Y-%m-%d %H:%M:%S UTC"
+TIME = "%Y-%m-%d %H:%M:%S UTC"
 
 
 def compile(args: Namespace) -> int:
     """`millrace compile`."""
-    params = _params(args.overrides)
+    params = params_of(args.overrides)
     if args.output == "-":
         print(compiler.text(params), end="")
         return EXIT_OK
@@ -39,8 +36,8 @@ def compile(args: Namespace) -> int:
 
 def submit(args: Namespace) -> int:
     """`millrace submit`."""
-    params, api = _params(args.overrides), _api(args)
-    _warn_of_local_paths(params)
+    params, api = params_of(args.overrides), api_of(args)
+    warn_of_local_paths(params)
     documents, arguments = compiler.package(params), compiler.arguments(params)
     name = args.name or f"{params.promote.model}-{dt.datetime.now(dt.UTC):%Y%m%d-%H%M%S}"
     try:
@@ -98,7 +95,7 @@ def _nothing_new(found: list[runview.Task]) -> str:
 
 def status(args: Namespace) -> int:
     """`millrace status`."""
-    api = _api(args)
+    api = api_of(args)
     run = client.resolve(api, args.run)
     spec = client.spec_of(api, run)
     print(f"run {run['run_id']}  {run.get('display_name')}\n{client.url(api, run['run_id'])}", flush=True)
@@ -114,7 +111,7 @@ def status(args: Namespace) -> int:
 
 def runs(args: Namespace) -> int:
     """`millrace runs`."""
-    api = _api(args)
+    api = api_of(args)
     found = list(islice(client.runs(api), max(args.limit, 0)))
     if not found:
         print(f"no runs in experiment {api.target.experiment}")
@@ -122,7 +119,7 @@ def runs(args: Namespace) -> int:
     print(f"{'run':<14}{'state':<11}{'created':<25}{'took':>9}  name")
     for run in found:
         created = runview.time_of(run.get("created_at"))
-        when = created.strftime(_TIME) if created else ""
+        when = created.strftime(TIME) if created else ""
         took = _took(run).removeprefix(" in ")
         print(
             f"{run['run_id'][:13]:<14}{run.get('state') or '':<11}{when:<25}{took:>9}  {run.get('display_name') or ''}"
@@ -132,7 +129,7 @@ def runs(args: Namespace) -> int:
 
 def cancel(args: Namespace) -> int:
     """`millrace cancel`."""
-    api = _api(args)
+    api = api_of(args)
     run = client.resolve(api, args.run)
     if client.cancel(api, run):
         print(f"run {run['run_id']}: ending; it will be listed as FAILED, as cancelled runs are")
@@ -143,7 +140,7 @@ def cancel(args: Namespace) -> int:
 
 def logs(args: Namespace) -> int:
     """`millrace logs`."""
-    api = _api(args)
+    api = api_of(args)
     run = client.resolve(api, args.run)
     spec = client.spec_of(api, run)
     found = runview.tasks(spec, run, dt.datetime.now(dt.UTC))
@@ -200,119 +197,15 @@ def _print(text: str) -> None:
     sys.stdout.flush()
 
 
-def schedule(args: Namespace) -> int:
-    """`millrace schedule`."""
-    # Words after an option come with the overrides.
-    words = [*args.words, *(word for word in args.overrides if "=" not in word)]
-    if words:
-        action = words[0]
-        if action not in ACTIONS:
-            raise ConfigError(
-                f"schedule {action}: no such action; {nearest(action, ACTIONS)}", "see `millrace schedule --help`"
-            )
-        if (args.cron and action != "next") or len(words) > 2 or any("=" in word for word in args.overrides):
-            raise ConfigError(f"schedule {action}: takes a name and nothing else", "see `millrace schedule --help`")
-        return _act(args, action, (words[1:] or [args.name])[0])
-    if not args.cron:
-        raise ConfigError(
-            "schedule: no times", 'give --cron "0 3 * * 1" (Mondays 03:00 UTC), or one of ls, pause, resume, rm, next'
-        )
-    return _reconcile(args)
-
-
-def _reconcile(args: Namespace) -> int:
-    times = cron.parse(args.cron)
-    params = _params(args.overrides)
-    name = args.name or _schedule_name(params)
-    schedules.check_name(name)
-    _require_registry(params)
-    _warn_of_local_paths(params)
-    api = _api(args)
-    documents = compiler.package(params)
-    arguments = compiler.arguments(params) | {"only_if_new": not args.always}
-    outcome = schedules.reconcile(api, name, documents, times, arguments)
-    paused = "" if outcome.schedule.enabled else " (paused: `millrace schedule resume` starts it)"
-    print(f"schedule {name}: {outcome.what}{paused}")
-    if outcome.left:
-        print(
-            "  a run of its earlier version is active; that version is disabled, and deleted by a later `millrace schedule`"
-        )
-    _print_times(times, 3)
-    return EXIT_OK
-
-
-def _act(args: Namespace, action: str, name: str) -> int:
-    """`millrace schedule ls|pause|resume|rm|next`."""
-    if action == "next" and args.cron:
-        _print_times(cron.parse(args.cron), args.count)
-        return EXIT_OK
-    api = _api(args)
-    if action == "ls":
-        return _list(schedules.listed(api))
-    name = name or _schedule_name(_params([]))
-    if action == "pause":
-        schedules.pause(api, name)
-        print(f"schedule {name}: paused; a run that is active goes on")
-    elif action == "resume":
-        found = schedules.resume(api, name)
-        print(f"schedule {name}: starts runs again; if it missed some, it starts one at once")
-        _print_times(cron.parse(found.cron), 3)
-    elif action == "rm":
-        schedules.delete_all(api, name)
-        print(f"schedule {name}: deleted; its runs are kept")
-    else:
-        found = schedules.only(api, name)
-        if not found.enabled:
-            print(f"schedule {name}: paused; when it runs again:")
-        _print_times(cron.parse(found.cron), args.count)
-    return EXIT_OK
-
-
-def _list(found: list[schedules.Schedule]) -> int:
-    newest = {each.name: each for each in found}
-    if not newest:
-        print("no schedules")
-    else:
-        print(f"{'schedule':<24}{'state':<9}{'cron (UTC)':<22}next")
-    for each in newest.values():
-        due = cron.parse(each.cron).next(dt.datetime.now(dt.UTC)) if each.enabled else None
-        state = "on" if each.enabled else "paused"
-        print(f"{each.name:<24}{state:<9}{each.cron:<22}{due.strftime(_TIME) if due else ''}".rstrip())
-    for each in found:
-        if each is not newest[each.name]:
-            print(f"  an earlier version of {each.name} is still there ({'on' if each.enabled else 'disabled'}); "
-                  "run its `millrace schedule --cron ...` again")  # fmt: skip
-    return EXIT_OK
-
-
-def _print_times(times: cron.Cron, count: int) -> None:
-    for due in islice(times.times(dt.datetime.now(dt.UTC)), max(count, 0)):
-        print(f"  {due.strftime(_TIME)}")
-
-
-def _schedule_name(params: Params) -> str:
-    """The model's name as a schedule's."""
-    return re.sub(r"[^a-z0-9]+", "-", params.promote.model.lower()).strip("-")[:52].strip("-") or "millrace"
-
-
-def _require_registry(params: Params) -> None:
-    """Each scheduled run compares itself with the champion, so all must find the same registry."""
-    uri = params.promote.registry
-    if not _is_shared(params, uri):
-        raise ConfigError(
-            f"promote.registry: {redact(uri)} is a path of this machine, which no pod can see",
-            "promote.registry=s3://bucket/registry, or a path below cluster.mount with cluster.claim",
-        )
-
-
-def _is_shared(params: Params, uri: str) -> bool:
+def is_shared(params: Params, uri: str) -> bool:
+    """Whether a pod can see what the URI names."""
     return storage.is_remote(uri) or bool(params.cluster.claim and uri.startswith(f"{params.cluster.mount}/"))
 
 
-def _warn_of_local_paths(params: Params) -> None:
+def warn_of_local_paths(params: Params) -> None:
     """Say which paths of this machine a run on a cluster will not find."""
     for key, uri in (("data.source", params.data.source), ("promote.registry", params.promote.registry)):
-        if not _is_shared(params, uri) and not uri.startswith(("builtin:", "dvc:", "hf:")):
+        if not is_shared(params, uri) and not uri.startswith(("builtin:", "dvc:", "hf:")):
             print(f"note: {key}={redact(uri)} is a path of this machine; the pods do not see it", file=sys.stderr)
 
 
@@ -321,10 +214,11 @@ def _took(run: Json) -> str:
     return f" in {seconds((ended - begun).total_seconds())}" if begun and ended and ended >= begun else ""
 
 
-def _params(overrides: list[str]) -> Params:
+def params_of(overrides: list[str]) -> Params:
     """params.yaml of the working folder, or the defaults where there is none, with overrides."""
     return load(PARAMS if Path(PARAMS).is_file() else None, overrides)
 
 
-def _api(args: Namespace) -> Api:
+def api_of(args: Namespace) -> Api:
+    """The server that the flags and the environment name."""
     return Api(target(args.host, args.namespace, args.experiment, args.token_file, args.cookies_file, args.ca_file))

@@ -142,6 +142,12 @@ def test_a_broken_submit_starts_one_run(server: KfpServer, documents: list[dict]
     assert list(server.runs) == [run_id]
 
 
+def test_a_name_with_odd_characters_is_found_again(server: KfpServer, documents: list[dict]) -> None:
+    server.fail("POST", "/runs", after=True)
+    run_id = start(server, documents, [], '50% + ü & "x"?')
+    assert list(server.runs) == [run_id]
+
+
 def test_a_failed_submit_that_worked_is_taken_up(server: KfpServer, documents: list[dict]) -> None:
     server.fail("POST", "/runs", status=500, after=True)
     assert start(server, documents, []) in server.runs
