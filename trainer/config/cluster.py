@@ -49,6 +49,11 @@ class Cluster(Section):
     """PersistentVolumeClaim that every stage mounts, for data, artifacts by reference and the registry."""
     mount: Annotated[str, AfterValidator(_absolute)] = "/mnt/millrace"
     """Where the claim is mounted."""
+    store: str = ""
+    """URI, such as s3://bucket/runs, or mounted path where stages put what they make; Kubeflow then passes references of a
+    few bytes. Empty passes everything through its own store. Default of the pipeline input store."""
+    gpus_per_node: int = Field(default=0, ge=0)
+    """Accelerators of each pod that trains; default of the pipeline input gpus_per_node."""
     shm: str = Field(default="1Gi", pattern=_QUANTITY)
     """Size of /dev/shm in containers that train."""
     accelerator: str = Field(default="nvidia.com/gpu", min_length=1)
