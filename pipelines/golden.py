@@ -22,7 +22,8 @@ FOLDER = Path("tests/golden")
 _FULL = {
     "cluster": {
         "image_prefix": "registry.example/team/millrace", "image_tag": "v1", "pull_secrets": ["pull"], "user": 1000,
-        "retries": 0, "secrets": {"AWS_ACCESS_KEY_ID": "object-store/access-key"}, "claim": "shared", "mount": "/data", "store": "/data/runs", "gpus_per_node": 4,
+        "retries": 0, "secrets": {"AWS_ACCESS_KEY_ID": "object-store/access-key"}, "claim": "shared", "mount": "/data",
+        "store": "/data/runs", "gpus_per_node": 4,
         "shm": "8Gi", "accelerator": "amd.com/gpu", "resources": {"train": {"cpu": "8", "memory": "64Gi"}},
     }
 }  # fmt: skip

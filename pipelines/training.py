@@ -21,7 +21,8 @@ def training(config: Params) -> Any:
 
     def pipeline(
         preset: str = "text-classify", params: str = "", data: str = "", overrides: str = "", trials: int = 0,
-        nodes: int = 1, gpus_per_node: int = config.cluster.gpus_per_node, store: str = config.cluster.store, registry: str = "", only_if_new: bool = False,
+        nodes: int = 1, gpus_per_node: int = config.cluster.gpus_per_node, store: str = config.cluster.store,
+        registry: str = "", only_if_new: bool = False,
     ) -> None:  # fmt: skip
         def task(name: str, **inputs: Any) -> Any:
             return place(made[name](**inputs), TASKS[name], config, inputs.get("gpus"))
