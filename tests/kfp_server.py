@@ -196,7 +196,7 @@ class KfpServer(ThreadingHTTPServer):
             "run_id": str(uuid.uuid4()), "display_name": name, "description": body.get("description", ""), "state": state,
             "experiment_id": body["experiment_id"], "pipeline_spec": body["pipeline_spec"], "created_at": _now(),
             "runtime_config": body.get("runtime_config", {}), "scheduled_at": _now(), "finished_at": EPOCH,
-            "storage_state": "AVAILABLE", "_at": 0, "_order": len(self.runs), "_cancelled": False,
+            "storage_state": "AVAILABLE", "_at": 0, "_order": len(self.runs), "_cancelled": 0,
         }  # fmt: skip
         if recurring_id:
             made["recurring_run_id"] = recurring_id
@@ -208,7 +208,9 @@ class KfpServer(ThreadingHTTPServer):
         if run["state"] in FINAL:
             return run
         if run["_cancelled"]:
-            state, tasks = "FAILED", {}
+            # CANCELING is seen before FAILED.
+            state, tasks = ("CANCELING" if run["_cancelled"] == 1 else "FAILED"), {}
+            run["_cancelled"] += 1
         else:
             state, tasks = self.script[min(run["_at"], len(self.script) - 1)]
             run["_at"] += 1
@@ -223,7 +225,7 @@ class KfpServer(ThreadingHTTPServer):
         run = _known(self.runs, id, "run")
         if run["state"] in (*FINAL, "CANCELING"):
             raise Refused(409, f"Failed to terminate run {id}: it is in state {run['state']}")
-        run["state"], run["_cancelled"] = "CANCELING", True
+        run["state"], run["_cancelled"] = "CANCELING", 1
         return {}
 
     def archive_run(self, request: Request, id: str) -> Json:

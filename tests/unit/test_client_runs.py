@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import io
 import itertools
 import os
@@ -161,11 +162,20 @@ def test_a_failed_submit_is_not_repeated(server: KfpServer, documents: list[dict
     assert len(server.sent("POST", "/runs")) == 1
 
 
-def test_the_same_name_twice_is_two_runs(server: KfpServer, documents: list[dict]) -> None:
+@pytest.mark.parametrize("after", [True, False], ids=["after the effect", "before it"])
+def test_the_same_name_twice_is_two_runs(server: KfpServer, documents: list[dict], after: bool) -> None:
     first = start(server, documents, [])
-    server.fail("POST", "/runs", after=True)
+    server.fail("POST", "/runs", after=after)
     assert start(server, documents, []) != first
     assert len(server.runs) == 2
+
+
+def test_a_task_that_has_not_ended_has_run_since_it_began(server: KfpServer, documents: list[dict]) -> None:
+    """The server writes 1970 as the end of what has not ended."""
+    run = client.get(api(server), start(server, documents, [("RUNNING", FIRST)]))
+    found = {task.name: task for task in runview.tasks(documents[0], run, dt.datetime.now(dt.UTC))}
+    assert 3400 < (found["preprocess"].took or 0) < 3700
+    assert (found["configure"].took, found["train"].took) == (42.0, None)
 
 
 def test_an_experiment_made_by_someone_else_meanwhile_is_used(server: KfpServer, documents: list[dict]) -> None:
