@@ -13,6 +13,9 @@ RUN python -m venv --without-pip /opt/venv \
     && python slim.py "$site" \
     && echo /opt/millrace >"$site/millrace.pth" \
     && /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash "$site"
+# A repository that is mounted for `dvc:` belongs to somebody else, which libgit2 would refuse. No git command is in here
+# that could run what such a repository configures.
+RUN printf '[safe]\n\tdirectory = *\n' >/opt/gitconfig
 COPY pyproject.toml README.md LICENSE ./
 COPY trainer trainer
 # The wheel of the code that this image needs, in a layer of its own: a change of the code moves a few hundred kilobytes.
@@ -26,11 +29,12 @@ FROM ${BASE}
 ARG BASE VERSION=0 REVISION=unknown CREATED=1970-01-01T00:00:00Z SOURCE=""
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /opt/millrace /opt/millrace
+COPY --from=build /opt/gitconfig /etc/gitconfig
 # Everything that is written goes below /tmp, so that the root file system may be read-only.
 ENV PATH=/opt/venv/bin:$PATH \
     MILLRACE_IMAGE=data \
     USER=millrace HOME=/tmp TMPDIR=/tmp XDG_CACHE_HOME=/tmp/.cache XDG_CONFIG_HOME=/tmp/.config \
-    XDG_DATA_HOME=/tmp/.local PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONNOUSERSITE=1 \
+    XDG_DATA_HOME=/tmp/.local DVC_SITE_CACHE_DIR=/tmp/.cache/dvc PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONNOUSERSITE=1 \
     GOMP_SPINCOUNT=2000 \
     DO_NOT_TRACK=1 DVC_NO_ANALYTICS=1 ORT_DISABLE_TELEMETRY=1 HF_HUB_DISABLE_TELEMETRY=1
 LABEL org.opencontainers.image.title="millrace/data" \

@@ -268,6 +268,26 @@ def test_preprocess_gives_the_laptops_digest(run, shared: Path, rows: Path) -> N
     assert manifest.read(shared / "there").digest == manifest.read(shared / "here").digest
 
 
+def test_a_dvc_repository_of_another_user_is_read(run, shared: Path, rows: Path) -> None:
+    repo = shared / "repo"
+    repo.mkdir()
+    shutil.copyfile(rows, repo / "rows.csv")
+    env = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    identity = ["-c", "user.name=a tester", "-c", "user.email=tester@localhost", "-c", "commit.gpgsign=false"]
+    for words in (
+        ["git", "init", "-q", "-b", "main"],
+        ["dvc", "init", "-q"],
+        ["dvc", "add", "-q", "rows.csv"],
+        ["git", "add", "-A"],
+        ["git", *identity, "commit", "-qm", "rows"],
+    ):
+        subprocess.run(words, cwd=repo, env=env, check=True, timeout=120)
+    words = ["data.tokenizer.vocab_size=300", f"data.source=dvc:{repo}@main:rows.csv"]
+    done = run("data", "preprocess", "--out", f"dataset={shared}/ds", *words, folder=shared)
+    assert done.code == 0, done.text
+    assert manifest.read(shared / "ds", "dataset").meta["data_version"]
+
+
 def test_exit_codes_come_through(run, shared: Path) -> None:
     done = run("data", "preprocess", "--out", f"dataset={shared}/ds", "data.source=/nowhere.csv", folder=shared)
     assert done.code == 2
