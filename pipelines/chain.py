@@ -44,6 +44,7 @@ class Chain:
         folder: the run's folder; its name is the run's name.
         options: what every container is created with, `volumes` besides kfp's own among them.
         until: a stage after which none is started; empty for all.
+        images: name -> id of the images that the run is made with.
         failures: stage and exit code of each container that failed, in order.
         error: what else went wrong.
         signal: the signal that ended the run, or 0.
@@ -53,6 +54,7 @@ class Chain:
     folder: Path
     options: dict[str, Any]
     until: str = ""
+    images: dict[str, str] = field(default_factory=dict)
     failures: list[tuple[str, int]] = field(default_factory=list)
     error: BaseException | None = None
     signal: int = 0
@@ -137,6 +139,8 @@ class Chain:
         # KFP's command takes the place of the image's entry point, Docker's would be added to it.
         words |= {"entrypoint": command[:1], "command": command[1:], "volumes": volumes}
         words["labels"] = {**words.get("labels", {}), STAGE_LABEL: task.stage}
+        if function is docker_runner.run_container:  # kfp's own pulls what it does not find by a name
+            words["image"] = self.images.get(words["image"], words["image"])
         self._stage = task.stage
         self._events.put(Event("running", task.stage))
         try:

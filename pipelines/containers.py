@@ -71,7 +71,7 @@ def _run(client: DockerClient, params: Params, until: str) -> int:
     started = time.monotonic()
     removed = docker_runner.remove_leftovers(client)
     spec, arguments = _pipeline(params)
-    sandbox.pin_images(client, spec)
+    images = sandbox.pin_images(client, spec)
     stages = stages_of(spec)
     source = params.data.source
     if source.startswith(dvcfile.BUILTIN):
@@ -90,7 +90,7 @@ def _run(client: DockerClient, params: Params, until: str) -> int:
         if until == "raw":
             return EXIT_OK
     with sandbox.options(client, params, folder) as options:
-        chain = Chain(folder, options, until)
+        chain = Chain(folder, options, until, images)
         tail = _follow(chain, client, spec, arguments, board, sandbox.secret_values(params))
     if chain.signal or chain.failed or chain.error:
         return _explain(chain, tail if board.live else [], [stage for stage in stages if stage not in board.ran])

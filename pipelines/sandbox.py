@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,22 +22,29 @@ TMPFS = "rw,exec,nosuid,nodev,mode=1777"
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-def pin_images(client: DockerClient, spec: dict[str, Any]) -> None:
+def pin_images(client: DockerClient, spec: dict[str, Any]) -> dict[str, str]:
     """Write into a pipeline spec the names by which the engine has its images; nothing is pulled.
+
+    Returns the id of each: an image that is built again meanwhile is not what a run goes on with.
 
     Raises:
         MillraceError: an image is not there.
     """
     containers = [each["container"] for each in spec["deploymentSpec"]["executors"].values() if "container" in each]
-    known = {tag for image in client.images.list() for tag in (*image.tags, *(image.attrs.get("RepoDigests") or ()))}
+    known = {
+        tag: str(image.id)
+        for image in client.images.list()
+        for tag in (*image.tags, *(image.attrs.get("RepoDigests") or ()))
+    }
     names = {each["image"]: _known_as(each["image"], known) for each in containers}
     if missing := sorted(name for name, found in names.items() if not found):
         raise MillraceError(f"no such image here: {', '.join(missing)}", "build them: `make images`, or pull them")
     for each in containers:
         each["image"] = names[each["image"]]
+    return {name: known[name] for name in names.values()}
 
 
-def _known_as(name: str, known: set[str]) -> str:
+def _known_as(name: str, known: Container[str]) -> str:
     """The name of an image as Docker (short) or podman (with its registry) lists it; empty if it is not there."""
     name = name if ":" in name.rpartition("/")[2] or "@" in name else f"{name}:latest"
     short = name.removeprefix("docker.io/").removeprefix("library/")
