@@ -472,7 +472,9 @@ def _page(items: list[Json], key: str, request: Request, keys: set[str]) -> Json
             or predicate["key"] not in keys
         ):
             raise Refused(400, f"filter {predicate}")
-        items = [each for each in items if each.get(predicate["key"], "") == predicate["string_value"]]
+        # MySQL, on which the server stands by default, takes large and small letters for the same.
+        value = predicate["string_value"].lower()
+        items = [each for each in items if each.get(predicate["key"], "").lower() == value]
     by, _, way = request.query.get("sort_by", "created_at").partition(" ")
     if by not in keys or way not in ("", "asc", "desc"):
         raise Refused(400, f"sort_by {by} {way}")

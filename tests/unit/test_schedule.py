@@ -244,6 +244,15 @@ def test_one_that_others_have_made_is_not_touched(server: KfpServer) -> None:
     assert present(server) == made
 
 
+def test_a_name_in_large_letters_is_another(server: KfpServer) -> None:
+    reconcile(server)
+    made = next(iter(server.recurring.values()))
+    made |= {"display_name": "WEEKLY", "description": "someone else's"}
+    server.most_enabled = 0
+    assert reconcile(server).what == "created"
+    assert len(server.recurring) == 2
+
+
 def test_other_names_are_other_schedules(server: KfpServer) -> None:
     reconcile(server)
     api = kfp_api.Api(Target(server.url))
