@@ -21,7 +21,7 @@ from kfp.local import docker_task_handler
 from pipelines import docker_runner, kfp_local
 from trainer.stage import STAGES
 
-pytestmark = pytest.mark.container
+pytestmark = [pytest.mark.container, pytest.mark.timeout(600)]
 STUB = Path(__file__).with_name("stub")
 CHAIN = ["configure", *STAGES, "finish"]
 PARAMS = """\
@@ -29,7 +29,7 @@ data: {source: data/rows.csv}
 cluster: {image_prefix: localhost/millrace-stub, image_tag: "1", secrets: {STUB: stub/deeds, CANARY: stub/canary}}
 """
 CANARY = "c4n4ry-0f-th3-s3cr3t"
-DEADLINE_S = 120
+DEADLINE_S = 240
 
 
 @pytest.fixture(scope="session")
@@ -256,9 +256,9 @@ def test_the_network_is_there_only_where_something_is_remote(
 ) -> None:
     path = project / "params.yaml"
     text = PARAMS.replace(", secrets: {STUB: stub/deeds, CANARY: stub/canary}", "")
-    path.write_text(text, encoding="utf-8")
-    # Without a secret there are no deeds, so the stage is looked at while it is made.
-    process = start("--until", "preprocess", *words)
+    path.write_text(text.replace("data/rows.csv", '"data/*.csv"'), encoding="utf-8")
+    (project / "data" / "deeds.csv").write_text("configure=sleep8", encoding="utf-8")
+    process = start("--until", "configure", *words)
     facts = running(client, project, "configure").attrs
     assert (facts["HostConfig"]["NetworkMode"] != "none") is network
     assert end(process)[0] == 0
@@ -282,6 +282,25 @@ def test_an_image_that_is_not_there_is_not_pulled(start: Any) -> None:
     assert "localhost/millrace-stub/data:never" in err
     assert "make images" in err
     assert "configure: started" not in out
+
+
+def test_an_image_that_is_built_again_meanwhile_is_not_what_a_run_goes_on_with(
+    project: Path, start: Any, client: Any, stub: str, tmp_path: Path
+) -> None:
+    name = "localhost/millrace-stub-moving"
+    before = client.images.get(stub)
+    for each in ("data", "trainer", "launcher"):
+        before.tag(f"{name}/{each}", "1")
+    path = project / "params.yaml"
+    path.write_text(PARAMS.replace("localhost/millrace-stub,", f"{name},"), encoding="utf-8")
+    process = start("--until", "train", deeds="preprocess=sleep4")
+    running(client, project, "preprocess")
+    client.images.remove(f"{name}/trainer:1", noprune=True)
+    code, out, err = end(process)
+    assert code == 0, err
+    assert "train: working" in out
+    code, _, err = end(start())
+    assert (code, "millrace-stub-moving/trainer:1" in err) == (2, True)
 
 
 def test_upstreams_runner_takes_a_failed_container_for_a_green_one(client: Any, stub: str) -> None:

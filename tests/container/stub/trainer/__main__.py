@@ -17,7 +17,9 @@ def leave(number: int, frame: object) -> None:
 
 def main() -> int:
     given = json.loads(sys.argv[sys.argv.index("--executor-input") + 1])
-    deeds = dict(word.split("=") for word in os.environ.get("STUB", "").split())
+    told = Path("data/deeds.csv")  # where there is no environment to say it
+    text = told.read_text() if told.is_file() else os.environ.get("STUB", "")
+    deeds = dict(word.split("=") for word in text.split())
     deed = deeds.get(STAGE, "")
     print(f"{STAGE}: working", flush=True)
     if deed.startswith("sleep"):
