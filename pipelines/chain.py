@@ -109,7 +109,6 @@ class Chain:
                 stack.enter_context(kfp_local.containers_by(self._container))
                 warnings.simplefilter("ignore")
                 stack.enter_context(kfp_local.conditions_found(self._unresolved))
-                stack.enter_context(kfp_local.branches_joined())
                 stack.enter_context(_logged(out))
                 options = {key: value for key, value in self.options.items() if key != "volumes"}
                 runner = local.DockerRunner(**options)

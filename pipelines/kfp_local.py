@@ -5,7 +5,6 @@
   `auto_remove` uses its own function again.
 - It finds no output of a task in a condition unless the output is called `Output`, and then takes the condition for
   false: a pipeline that does nothing ends green. Ours finds it, and ends the run if it does not.
-- It joins the branches of a condition (`dsl.OneOf`) for parameters, not for artifacts.
 """
 
 from __future__ import annotations
@@ -79,33 +78,3 @@ def conditions_found(unresolved: Callable[[str], NoReturn]) -> Iterator[None]:
         yield
     finally:
         ConditionEvaluator._resolve_pipeline_channel = staticmethod(upstream)
-
-
-@contextmanager
-def branches_joined() -> Iterator[None]:
-    """Let an artifact come from whichever branch of a condition was taken."""
-    from kfp.local.orchestrator.orchestrator_utils import OrchestratorUtils
-
-    upstream = OrchestratorUtils.get_dag_output_artifacts
-
-    def join(dag_outputs_spec: Any, io_store: Any) -> dict[str, Any]:
-        return {
-            key: _taken(key, selector.artifact_selectors, io_store)
-            for key, selector in dag_outputs_spec.artifacts.items()
-        }
-
-    OrchestratorUtils.get_dag_output_artifacts = staticmethod(join)
-    try:
-        yield
-    finally:
-        OrchestratorUtils.get_dag_output_artifacts = upstream
-
-
-def _taken(key: str, selectors: Any, store: Any) -> Any:
-    found = []
-    for selector in selectors:
-        with suppress(ValueError, KeyError):
-            found.append(store.get_task_output(selector.producer_subtask, selector.output_artifact_key))
-    if len(found) != 1:
-        raise MillraceError(f"kfp.local: output {key} comes from {len(found)} branches, not from one", _SUPPORTED)
-    return found[0]
