@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -93,7 +94,11 @@ def run(start: Callable[..., Any]) -> Callable[..., Done]:
             options["volumes"] = {str(folder): {"bind": str(folder), "mode": "rw"}}
         container = start(image, *words, **options)
         code = container.wait(timeout=deadline_s)["StatusCode"]
-        return Done(code, container.logs().decode(errors="replace"))
+        # Podman may say that a container has ended before the last of its output is in its log.
+        deadline = time.monotonic() + 5
+        while not (text := container.logs().decode(errors="replace")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return Done(code, text)
 
     return run
 
