@@ -9,6 +9,7 @@ line is posted there as JSON (`text`, `state`, `run_name`, `run_id`), which Slac
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,30 +21,46 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from trainer import executor, log, storage
-from trainer.errors import EXIT_OK, redact
+from trainer.errors import EXIT_OK, MillraceError, redact
 
 NOTIFY_URL = "MILLRACE_NOTIFY_URL"
 _TIMEOUT_S = 10.0
-# KFP gives the exit handler of a run that is being cancelled the state RUNNING.
-_ENDS = {"SUCCEEDED": "is done", "FAILED": "failed", "RUNNING": "was cancelled", "CANCELLED": "was cancelled"}
+# The backend gives the last state that the metadata store has of the chain (driver/resolve.go): COMPLETE or FAILED, as its
+# last launcher left it. RUNNING says nothing: so it is after a cancel, after "nothing new", which no launcher ends, and
+# before 2.17 after every run, because a state did not go up from the branch to the chain. Local runs say SUCCEEDED.
+_ENDS = {
+    "SUCCEEDED": "is done",
+    "COMPLETE": "is done",
+    "FAILED": "failed",
+    "RUNNING": "is over; its page says how it ended",
+    "CANCELLED": "was cancelled",
+}
 
 
 def run(text: str, overrides: Sequence[str] = ()) -> int:
-    """Clean up and notify as an ExecutorInput says; returns the exit status, which is 0 even if nobody can be told."""
+    """Clean up and notify as an ExecutorInput says; returns the exit status: 0 even if nothing can be reached."""
     given = executor.read(text)
-    status = given.values.get("status") or {}
-    if isinstance(status, str):
-        status = json.loads(status or "{}")
-    state = str(status.get("state") or "UNKNOWN").upper()
+    state = _state(given.values.get("status"))
     name, identity = (str(given.values.get(key) or "") for key in ("run_name", "run_id"))
     if given.store and re.fullmatch(r"\w[\w.-]*", identity):  # never the store itself, or what is above it
-        for folder in clean(f"{given.store}/{identity}"):
-            log.say(f"finish: removed what was not finished: {redact(folder)}")
+        try:
+            for folder in clean(f"{given.store}/{identity}"):
+                log.say(f"finish: removed what was not finished: {redact(folder)}")
+        except (MillraceError, OSError) as error:  # a run that is done stays so, and people are told
+            log.say(f"finish: not cleaned up: {redact(str(error))}")
     line = f"millrace: run {name or identity} {_ENDS.get(state, 'ended')}"
     log.say(f"finish: {line.removeprefix('millrace: ')}")
     notify({"text": line, "state": state, "run_name": name, "run_id": identity})
     executor.write(given, {})
     return EXIT_OK
+
+
+def _state(status: Any) -> str:
+    """The state in a PipelineTaskFinalStatus, which is an object or its JSON text."""
+    with contextlib.suppress(ValueError):
+        status = json.loads(status) if isinstance(status, str) else status
+    found = status.get("state") if isinstance(status, dict) else None
+    return str(found or "UNKNOWN").upper()
 
 
 def clean(prefix: str) -> list[str]:

@@ -47,7 +47,16 @@ def told(monkeypatch):
     server.server_close()
 
 
-@pytest.mark.parametrize(("state", "word"), [("SUCCEEDED", "done"), ("FAILED", "failed"), ("RUNNING", "cancelled")])
+@pytest.mark.parametrize(
+    ("state", "word"),
+    [
+        ("SUCCEEDED", "done"),
+        ("COMPLETE", "done"),
+        ("FAILED", "failed"),
+        ("CANCELLED", "cancelled"),
+        ("RUNNING", "over"),
+    ],
+)
 def test_people_are_told_how_it_ended(state, word, told, tmp_path):
     run(tmp_path, state)
     ((path, message),) = told[0]
@@ -55,6 +64,28 @@ def test_people_are_told_how_it_ended(state, word, told, tmp_path):
     assert word in message["text"]
     assert "training-x7" in message["text"]
     assert (message["state"], message["run_id"]) == (state, "run-1")
+
+
+def test_a_state_that_says_nothing_is_not_called_a_cancel(told, tmp_path):
+    # After "nothing new", and on 2.15 and 2.16 after every run, the chain's state is RUNNING for good.
+    run(tmp_path, "RUNNING")
+    assert not {"cancelled", "failed", "done"} & set(told[0][0][1]["text"].split())
+
+
+@pytest.mark.parametrize("status", ["", "{", "[]", "3", None, [], 7, {"state": None}, '{"state": "FAILED"}'])
+def test_a_status_of_any_kind_fails_nothing(status, told, tmp_path):
+    run(tmp_path, status=status)
+    assert told[0][0][1]["state"] == ("FAILED" if "FAILED" in str(status) else "UNKNOWN")
+
+
+def test_a_store_that_cannot_be_reached_fails_nothing_and_people_are_told(told, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    run(tmp_path, store=f"s3://user:{SECRET}@bucket/runs")
+    assert "done" in told[0][0][1]["text"]
+    out = capsys.readouterr()
+    assert "not cleaned up" in out.out
+    assert SECRET not in out.out + out.err
 
 
 @pytest.mark.parametrize("status", [404, 500])
