@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Run one stage of the pipeline.",
         epilog=f"exit codes:\n{codes}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"millrace {__version__}")
     stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
@@ -58,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
             description=f"{stage.help[0].upper()}{stage.help[1:]}.",
             epilog=describe_ports(stage),
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,  # `--retr 1` would not be taken from the command line of the child that is retried
         )
         sub.add_argument("--params", metavar="FILE", help="params.yaml; without it, the defaults")
         sub.add_argument("--in", dest="inputs", metavar="NAME=URI", action="append", default=[], help="an input folder")

@@ -122,3 +122,15 @@ def test_the_entry_point_takes_retries():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert done.stderr.count("none.yaml") == 1, "a wrong file is not tried twice"
+
+
+def test_an_option_that_is_cut_short_is_no_option():
+    # The child would be given it as well, supervise a child of its own, and so on without end.
+    command = [sys.executable, "-m", "trainer", "train", "--retr", "1", "--params", "none.yaml"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.terminate()  # is passed on, down to the last of them
+    assert process.returncode == 2
+    assert "--retr" in err
