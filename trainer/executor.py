@@ -99,7 +99,9 @@ def run(name: str, text: str, overrides: Sequence[str], scratch: str = "") -> in
         name: a name of `STAGES`.
         text: the ExecutorInput.
         overrides: words `section.key=value` that come after, and win over, the parameters of the JSON.
-        scratch: as for `trainer.stage.execute`.
+        scratch: as for `trainer.stage.execute`. By default it is beside the outputs, in a mounted store too: the attempts
+            of a task share their URIs, so a pod that is started again finds the checkpoints of the one that was lost,
+            and no other run with the same parameters does.
 
     Raises:
         ConfigError: the JSON is not an ExecutorInput, or a parameter is wrong.
@@ -122,8 +124,6 @@ def run(name: str, text: str, overrides: Sequence[str], scratch: str = "") -> in
             metadata[port] = _metadata(found, result.metrics)
         metadata.update(show(given, name, ins, outs, result, temporary=_is_temporary(params.promote.registry)))
 
-    if given.store and not scratch and not storage.is_remote(given.store):
-        scratch = f"{given.store}/.scratch"  # a retried pod finds the checkpoints of the one that was lost
     refused: GateRefused | None = None
     try:
         execute(name, params, inputs, outputs, scratch, expect=_expected(given, name), after=after)

@@ -233,6 +233,31 @@ def test_outputs_go_to_the_store_by_reference_and_come_back(dialect, tmp_path):
     assert record["inputs"]["extra"] == found.digest
 
 
+def test_a_lost_attempts_scratch_in_a_mounted_store_is_its_own_runs(tmp_path, monkeypatch):
+    toy.make(tmp_path / "previous/source")
+    notes = {}
+
+    def attempt(run_id, todo):
+        monkeypatch.setenv("TOY", todo)
+        given = local(tmp_path, store=str(tmp_path / "store"))
+        for port, listed in given["outputs"]["artifacts"].items():
+            listed["artifacts"][0]["uri"] = f"{tmp_path}/root/{run_id}/toy/{port}"
+        if todo == "fail":
+            with pytest.raises(ValueError, match=r"rows\.csv"):
+                executor.run("toy", json.dumps(given), [])
+        else:
+            executor.run("toy", json.dumps(given), [])
+            notes[run_id] = Path(
+                executor.dereference(f"{tmp_path}/root/{run_id}/toy/notes"), "attempts.txt"
+            ).read_text()
+
+    attempt("run-1", "fail")
+    attempt("run-2", "write")
+    attempt("run-1", "write")
+    assert notes == {"run-1": "xx", "run-2": "x"}
+    assert [path.name for path in (tmp_path / "store").rglob(".scratch")] == []
+
+
 def test_two_tasks_never_share_a_place_in_the_store(tmp_path):
     places = set()
     for task in ("one", "two"):
