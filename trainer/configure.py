@@ -10,6 +10,7 @@ what it reads has changed. Parameters: those of the run form (components/build.p
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +19,16 @@ from typing import Any
 
 from trainer import executor, log, presets, storage
 from trainer.config import Params
+from trainer.config.cluster import Cluster
 from trainer.config.load import apply_overrides, parse_override, validate
 from trainer.config.text import parse_yaml
 from trainer.config.words import split_words
 from trainer.data.naming import model_name
-from trainer.errors import EXIT_OK, ConfigError
+from trainer.errors import EXIT_OK, ConfigError, redact
 from trainer.registry import Registry
 from trainer.views.markdown import code, prose, table
+
+_SSH_USER = re.compile(r"(?<=ssh://)[\w.-]+@")
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,10 @@ def make(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Plan:
     """
     warnings: list[str] = []
     params = resolve(values, overrides)
-    store = str(values.get("store") or "").rstrip("/")
+    store = executor.store_of(values)
+    _check_places({"data.source": params.data.source, "promote.registry": params.promote.registry, "store": store})
+    if params.cluster != Cluster():
+        warnings.append("cluster: the pipeline was compiled with its own; what the run form says of it is not used")
     registry = params.promote.registry
     if not storage.is_remote(registry) and not Path(registry).is_absolute() and not Path(registry).is_dir():
         # A folder of the container: gone with it. A run without a registry is a run all the same.
@@ -106,26 +113,50 @@ def make(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Plan:
     return Plan(params, version, champion, proceed, tuple(warnings))
 
 
+def _check_places(places: Mapping[str, str]) -> None:
+    """Refuse what would fail later, in another pod, or be kept readable by Kubeflow.
+
+    Raises:
+        ConfigError: a URI holds credentials, or the store is no place that all pods see.
+        StorageError: there is no such store, or no right to read it.
+    """
+    for name, uri in places.items():
+        known = _SSH_USER.sub("", uri)  # a name is no secret
+        if redact(known) != known:
+            raise ConfigError(
+                f"{name}: {redact(uri)}: holds a password, key, token or signature, and Kubeflow keeps and shows parameters",
+                "put it into a Kubernetes secret, and name that in cluster.secrets, for example for AWS_ACCESS_KEY_ID",
+            )
+    store = places["store"]
+    if store and not storage.is_remote(store) and not storage.local_path(store).is_absolute():
+        raise ConfigError(f"parameter store: {store}: a folder of one pod", "pass a URI or a mounted path, from / on")
+    if store:
+        storage.exists(store)  # a missing driver or right is found now
+
+
 def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Params:
     """The configuration that the run form asks for.
 
     Raises:
         ConfigError: a parameter is wrong; the message names it.
     """
-    text = str(values.get("params") or "")
-    preset = str(values.get("preset") or presets.DEFAULT)
-    where = "parameter params" if text.strip() else f"preset {preset}"
-    tree = parse_yaml(text if text.strip() else presets.text(preset), where)
+    text, preset, source, registry = (
+        str(values.get(name) or "").strip() for name in ("params", "preset", "data", "registry")
+    )
+    preset = preset or presets.DEFAULT
+    where = "parameter params" if text else f"preset {preset}"
+    tree = parse_yaml(text or presets.text(preset), where)
     if not isinstance(tree, dict):
         raise ConfigError(f"{where}: must be a mapping of sections", "pass the text of a params.yaml")
     words = [*split_words(values.get("overrides") or []), *overrides]
     named = {key for key, _ in map(parse_override, words)}
     changes: dict[str, Any] = {}
-    if source := str(values.get("data") or ""):
+    if source:
         changes["data.source"] = source
-        if source != (tree.get("data") or {}).get("source"):
+        before = tree.get("data")
+        if not isinstance(before, dict) or source != before.get("source"):
             changes["promote.model"] = model_name(source)
-    if registry := str(values.get("registry") or ""):
+    if registry:
         changes["promote.registry"] = registry
     if trials := _count(values, "trials", 0):
         changes["tune.trials"] = trials

@@ -49,7 +49,12 @@ class Given:
     @property
     def store(self) -> str:
         """Where outputs go by reference; empty if they go through KFP."""
-        return str(self.values.get("store") or "").rstrip("/")
+        return store_of(self.values)
+
+
+def store_of(values: Mapping[str, Any]) -> str:
+    """The parameter `store` of a task, as people paste it; empty if outputs go through KFP."""
+    return str(values.get("store") or "").strip().rstrip("/")
 
 
 def read(text: str) -> Given:

@@ -9,7 +9,7 @@ from trainer import configure, executor, presets
 from trainer.artifacts import manifest
 from trainer.config import Params
 from trainer.data.sources import resolve
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, StorageError
 from trainer.registry import Registry
 
 ROWS = "text,label\n" + "".join(f"a text of topic {n % 3} number {n},topic {n % 3}\n" for n in range(60))
@@ -94,6 +94,7 @@ def test_the_run_form(case):
 WRONG = {
     "preset": ({"preset": "text-clasify"}, "did you mean 'text-classify'"),
     "params": ({"params": "[1]"}, "parameter params"),
+    "a section that is none": ({"params": "data: 3", "data": "rows.csv"}, "data"),
     "a key": ({"params": "train: {epoch: 3}"}, "train.epoch"),
     "an override": ({"overrides": "train.epoch=3"}, "train.epoch"),
     "no override": ({"overrides": "epochs"}, "section.key=value"),
@@ -112,6 +113,51 @@ def test_a_wrong_run_form_names_the_field(case, tmp_path):
         configure.run(given(tmp_path, **values), [])
     assert message in str(caught.value)
     assert not (tmp_path / "output.json").exists()
+
+
+PLACES = {
+    "data": ({"data": "http://localhost:1/rows.csv?X-Amz-Signature=hunter2canary"}, "data.source"),
+    "data of params": ({"params": "data: {source: 'https://me:hunter2canary@localhost:1/rows.csv'}"}, "data.source"),
+    "a repository": ({"data": "dvc:https://me:hunter2canary@localhost:1/repo@v1:rows.csv"}, "data.source"),
+    "registry": ({"registry": "s3://AKIA:hunter2canary@bucket/reg"}, "promote.registry"),
+    "store": ({"store": "s3://AKIA:hunter2canary@bucket/runs"}, "store"),
+    "a folder of the container": ({"store": "runs"}, "parameter store"),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_a_place_with_a_secret_or_of_one_pod_alone_is_refused(case, data, tmp_path):
+    values, name = PLACES[case]
+    with pytest.raises(ConfigError, match=name) as caught:
+        configure.run(given(tmp_path, **{"data": "" if "params" in values else str(data), **values}), [])
+    assert "hunter2canary" not in str(caught.value)
+    assert not (tmp_path / "output.json").exists()
+
+
+def test_a_store_without_a_driver_is_said_before_anything_runs(data, tmp_path):
+    with pytest.raises(StorageError, match="nosuch"):
+        configure.run(given(tmp_path, data=str(data), store="nosuch://bucket/runs", registry=str(tmp_path / "r")), [])
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["dvc:git@host.example:team/data@v1:rows.csv", "dvc:ssh://git@host.example:22/team/data@v1:rows.csv",
+     "dvc:https://host.example/team/data@v1:rows.csv", "abfs://container@account.dfs.core.windows.net/rows.csv"],
+)  # fmt: skip
+def test_a_name_before_a_host_is_no_secret(source):
+    configure._check_places({"data.source": source, "store": ""})
+
+
+def test_what_is_pasted_with_spaces_around_it_is_meant_without(data, tmp_path):
+    found = run(tmp_path, data=f" {data}\n", preset=" text-classify ", store=f" {tmp_path}/store/ ", registry=" ")
+    assert json.loads(found["data_params"])["source"] == str(data)
+    assert json.loads(found["promote_params"])["registry"] == f"{tmp_path}/store/registry"
+
+
+def test_what_the_run_form_says_of_the_cluster_is_said_to_have_no_effect(data, tmp_path, capsys):
+    run(tmp_path, data=str(data), overrides="cluster.retries=7")
+    assert "cluster" in capsys.readouterr().out
+    assert "cluster" in (tmp_path / "summary").read_text()
 
 
 def test_data_that_is_not_there_is_said_before_anything_runs(tmp_path, monkeypatch):
