@@ -67,18 +67,21 @@ def clean(prefix: str) -> list[str]:
     """Remove the artifact folders below a run's folder of the store that have no manifest; returns them.
 
     Args:
-        prefix: `STORE/RUN`; artifacts are at `TASK/ATTEMPT/PORT` below it.
+        prefix: `STORE/RUN`; artifacts are at `TASK/ATTEMPT/PORT` below it, those of local runs at `TASK/PORT`.
     """
     fs, root = storage.filesystem(prefix if storage.is_remote(prefix) else f"file://{storage.local_path(prefix)}")
     removed = []
     with storage.explained(prefix):
         folders: dict[str, set[str]] = defaultdict(set)
+        complete = set()  # of local runs
         for key in fs.find(root) if fs.exists(root) else []:
             parts = PurePosixPath(str(key).removeprefix(root).lstrip("/")).parts
+            if len(parts) == 3 and parts[2] == storage.MANIFEST:
+                complete.add("/".join(parts[:2]))
             if len(parts) > 3:
                 folders["/".join(parts[:3])].add("/".join(parts[3:]))
         for folder, files in sorted(folders.items()):
-            if storage.MANIFEST not in files:
+            if storage.MANIFEST not in files and folder.rpartition("/")[0] not in complete:
                 fs.rm(f"{root}/{folder}", recursive=True)
                 removed.append(f"{prefix}/{folder}")
     return removed

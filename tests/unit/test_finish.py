@@ -128,6 +128,9 @@ def test_what_was_not_finished_is_removed_from_the_store(scheme, tmp_path, monke
         "run-1/distill/a2/student/model.safetensors": False,
         "run-1/distill/a2/student/deep/manifest.json": False,
         "run-1/distill/a2/.tmp-student/model.safetensors": False,
+        "run-1/preprocess/dataset/manifest.json": True,
+        "run-1/preprocess/dataset/train/part-0.parquet": True,
+        "run-1/tune/tuning/plots/a.svg": False,
         "run-2/distill/a2/student/model.safetensors": True,
         "registry/m/versions/v0001/model/model.onnx": True,
     }
