@@ -11,11 +11,10 @@ from itertools import islice
 from typing import Any
 
 from pipelines.kfp_api import Api, Json, KfpError, filter_
-from pipelines.runview import View, tasks
+from pipelines.runview import FINAL, View, tasks
 from trainer import __version__
 from trainer.errors import EXIT_FAILURE, ConfigError, MillraceError
 
-FINAL = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 POLL_S = 3.0
 _TICK_S = 0.2
 # A server that is being upgraded is waited for as long as this.
@@ -45,7 +44,7 @@ def experiment(api: Api, *, create: bool = False) -> str:
     found = find()
     if found is None and create:
         try:
-            found = api.create("/experiments", {"display_name": name, **namespace}, find)
+            found = api.create("/experiments", {"display_name": name, **namespace}, "experiment_id", find)
         except KfpError as error:
             # Someone else made it between the look and the request.
             found = find() if error.status == 409 else None
@@ -88,7 +87,7 @@ def submit(api: Api, documents: list[Json], arguments: Json, name: str) -> Json:
         )
         return next((run for run in newest.get("runs") or [] if f"(key {key})" in str(run.get("description"))), None)
 
-    return api.create("/runs", body, find)
+    return api.create("/runs", body, "run_id", find)
 
 
 def runs(api: Api, **equal: str) -> Iterator[Json]:

@@ -26,6 +26,7 @@ TIME = "%Y-%m-%d %H:%M:%S UTC"
 def compile(args: Namespace) -> int:
     """`millrace compile`."""
     params = params_of(args.overrides)
+    _warn_of_defaults()
     if args.output == "-":
         print(compiler.text(params), end="")
         return EXIT_OK
@@ -37,7 +38,7 @@ def compile(args: Namespace) -> int:
 def submit(args: Namespace) -> int:
     """`millrace submit`."""
     params, api = params_of(args.overrides), api_of(args)
-    warn_of_local_paths(params)
+    warn(params)
     documents, arguments = compiler.package(params), compiler.arguments(params)
     name = args.name or f"{params.promote.model}-{dt.datetime.now(dt.UTC):%Y%m%d-%H%M%S}"
     try:
@@ -202,11 +203,20 @@ def is_shared(params: Params, uri: str) -> bool:
     return storage.is_remote(uri) or bool(params.cluster.claim and uri.startswith(f"{params.cluster.mount}/"))
 
 
-def warn_of_local_paths(params: Params) -> None:
-    """Say which paths of this machine a run on a cluster will not find."""
-    for key, uri in (("data.source", params.data.source), ("promote.registry", params.promote.registry)):
+def warn(params: Params) -> None:
+    """Say what a run on a cluster will not find, and what comes of it."""
+    _warn_of_defaults()
+    for key, uri, what in (
+        ("data.source", params.data.source, "preprocess fails unless the image has it; give it as s3://bucket/data.jsonl"),
+        ("promote.registry", params.promote.registry, "no champion is compared with or kept; s3://bucket/registry keeps one"),
+    ):  # fmt: skip
         if not is_shared(params, uri) and not uri.startswith(("builtin:", "dvc:", "hf:")):
-            print(f"note: {key}={redact(uri)} is a path of this machine; the pods do not see it", file=sys.stderr)
+            print(f"note: {key}={redact(uri)} is of this machine, pods do not see it:\n  {what}", file=sys.stderr)
+
+
+def _warn_of_defaults() -> None:
+    if not Path(PARAMS).is_file():
+        print(f"note: no {PARAMS} here: all parameters have their defaults", file=sys.stderr)
 
 
 def _took(run: Json) -> str:

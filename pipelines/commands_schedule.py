@@ -10,7 +10,7 @@ from itertools import islice
 from pipelines import compiler, cron
 from pipelines import schedule as schedules
 from pipelines.cli_kfp import ACTIONS
-from pipelines.commands_kfp import TIME, api_of, is_shared, params_of, warn_of_local_paths
+from pipelines.commands_kfp import TIME, api_of, is_shared, params_of, warn
 from trainer.config import Params
 from trainer.config.names import nearest
 from trainer.errors import EXIT_OK, ConfigError, redact
@@ -42,7 +42,7 @@ def _reconcile(args: Namespace) -> int:
     name = args.name or _schedule_name(params)
     schedules.check_name(name)
     _require_registry(params)
-    warn_of_local_paths(params)
+    warn(params)
     api = api_of(args)
     documents = compiler.package(params)
     arguments = compiler.arguments(params) | {"only_if_new": not args.always}

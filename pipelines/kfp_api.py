@@ -93,17 +93,21 @@ class Api:
             if not token or token == before:
                 return
 
-    def create(self, path: str, body: Json, find: Callable[[], Json | None]) -> Json:
+    def create(self, path: str, body: Json, key: str, find: Callable[[], Json | None]) -> Json:
         """POST that creates something once.
 
         Args:
             path: below `/apis/v2beta1`.
             body: of the request.
+            key: field in which the answer has the id.
             find: looks for what this very request has created.
         """
         for attempt in range(ATTEMPTS):
             try:
-                return self._parsed(self._send("POST", path, {}, body), "POST", path)
+                made = self._parsed(self._send("POST", path, {}, body), "POST", path)
+                if not made.get(key):
+                    raise self._strange("POST", path, f"no {key}")
+                return made
             except KfpError as error:
                 if error.may_have_worked:
                     found = self._found(find, error)
@@ -189,8 +193,11 @@ class Api:
                 f"{LOGIN}; if you are logged in, check the host (the dashboard's needs /pipeline at its end)",
                 status=401,
             )
-        raise KfpError(
-            f"{self.target.host}: answers {method} {path} with what is no JSON object",
+        raise self._strange(method, path, "what is no JSON object")
+
+    def _strange(self, method: str, path: str, what: str) -> KfpError:
+        return KfpError(
+            f"{self.target.host}: answers {method} {path} with {what}",
             "check that the host is a Kubeflow Pipelines API and that no proxy stands before it",
             may_have_worked=True,
         )
@@ -210,11 +217,7 @@ class Api:
             429: ("too many requests", "wait a minute, then run the same command again"),
         }  # fmt: skip
         if status in (301, 302, 303, 307, 308):
-            place = urlsplit(headers.get("location", ""))
-            to = f"{place.scheme}://{place.netloc}{place.path}" if place.netloc else place.path
-            return KfpError(
-                f"{host}: sends {method} {path} elsewhere ({to or status}): a login page", LOGIN, status=status
-            )
+            return self._elsewhere(method, path, status, headers.get("location", ""))
         if status >= 500:
             what, fix = (
                 "the server failed",
@@ -230,6 +233,16 @@ class Api:
             f"{where} ({what})", fix, status=status, may_have_worked=status >= 500, transient=status in (429, 502, 503, 504)
             or (status == 500 and method == "GET"), retry_after=_seconds(headers.get("retry-after", "")),
         )  # fmt: skip
+
+    def _elsewhere(self, method: str, path: str, status: int, location: str) -> KfpError:
+        """A redirect: to the same place by TLS, or to a login page."""
+        place, own = urlsplit(location), urlsplit(self.target.host)
+        to = f"{place.scheme}://{place.netloc}{place.path}" if place.netloc else place.path
+        what = f"{self.target.host}: sends {method} {path} elsewhere ({to or status})"
+        end = f"{API}{path}"
+        if (own.scheme, place.scheme, place.hostname) == ("http", "https", own.hostname) and place.path.endswith(end):
+            return KfpError(what, f"--host {to.removesuffix(end)}", status=status)
+        return KfpError(f"{what}: a login page", LOGIN, status=status)
 
     def _said(self, body: Any, kind: str) -> str:
         """The server's own words, short, and without the secrets that it may repeat."""

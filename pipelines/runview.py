@@ -23,6 +23,7 @@ MARKS = {
     "skipped": ("·", "dim"), "not reached": ("·", "dim"), "waiting": ("·", "dim"),
 }  # fmt: skip
 MOVING = ("starting", "running")
+FINAL = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def tasks(spec: Json, run: Json, now: dt.datetime) -> list[Task]:
     nodes: dict[str, Json] = {}
     for detail in sorted(details, key=lambda each: str(each.get("start_time") or "")):
         nodes[str(detail.get("display_name") or "")] = detail
-    over = run.get("state") in ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
+    over = run.get("state") in FINAL
     executors = [each for each in details if each.get("display_name") == "executor"]
     return [_task(leaf, nodes, executors, over, now) for leaf in leaves(spec) or _unknown(nodes)]
 
@@ -195,7 +196,7 @@ class View:
         if self.live:
             self._draw()
             return
-        if new_state:
+        if new_state and state not in FINAL:
             self._write(f"run: {state}\n")
         for task in changed:
             took = f" ({seconds(task.took)})" if task.took is not None and task.state not in MOVING else ""
@@ -226,8 +227,9 @@ class View:
             took = task.took + late if task.took is not None and task.state in MOVING else task.took
             lines.append(line(Task(task.name, task.state, took), self.paint, self._frame))
         size = shutil.get_terminal_size()
-        summary = f"run {self._state}" + (f": {self._note}" if self._note else "")
-        lines.append(f"  {self.paint(summary[: size.columns - 4], 'dim')}")
+        if self._state not in FINAL:  # how it has ended is said by whoever waited for it
+            summary = f"run {self._state}" + (f": {self._note}" if self._note else "")
+            lines.append(f"  {self.paint(summary[: size.columns - 4], 'dim')}")
         # A screen that is too low shows the end: lines that have scrolled away cannot be drawn again.
         lines = lines[-max(size.lines - 1, 3) :]
         up = f"\x1b[{self._drawn}A" if self._drawn else ""

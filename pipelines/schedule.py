@@ -22,9 +22,10 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipelines.client import FINAL, experiment, pipeline_spec
+from pipelines.client import experiment, pipeline_spec
 from pipelines.cron import Cron
 from pipelines.kfp_api import Api, Json, KfpError, filter_
+from pipelines.runview import FINAL
 from trainer import __version__
 from trainer.config.names import nearest
 from trainer.errors import ConfigError
@@ -268,7 +269,7 @@ def _create(api: Api, name: str, content: Json, digest: str, old: Schedule | Non
         found = api.pages("/recurringruns", "recurringRuns", experiment_id=parent, filter=filter_(display_name=name))
         return next((each for each in found if f"key={key}" in str(each.get("description"))), None)
 
-    made = _read(api.create("/recurringruns", body, find))
+    made = _read(api.create("/recurringruns", body, "recurring_run_id", find))
     if made is None:
         why = f"{api.target.host}: has not kept the description of schedule {name}"
         raise KfpError(why, "is this Kubeflow Pipelines 2.15 to 2.17?")

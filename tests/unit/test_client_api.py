@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import client, kfp_api, kfp_target
+from pipelines import client, cron, kfp_api, kfp_target, schedule
 from pipelines.cli import main
 from pipelines.kfp_api import Api, KfpError
 from pipelines.kfp_target import Target, target
@@ -126,6 +126,27 @@ def test_what_is_no_json_object_is_an_error(server: KfpServer, body: bytes) -> N
     server.fail("GET", "/experiments", status=200, body=body)
     with pytest.raises(KfpError, match="no JSON object"):
         slept(server)[0].get("/experiments")
+
+
+def weekly(api: Api, documents: list[dict], arguments: dict, name: str) -> None:
+    schedule.reconcile(api, name, documents, cron.parse("@weekly"), arguments)
+
+
+@pytest.mark.parametrize("path", ["/experiments", "/runs", "/recurringruns"])
+def test_an_answer_without_the_id_of_what_was_made_is_an_error(server: KfpServer, path: str) -> None:
+    server.fail("POST", path, status=200, body=b"{}", times=9)
+    api, _ = slept(server)
+    make = client.submit if path != "/recurringruns" else weekly
+    with pytest.raises(KfpError, match=f"answers POST {path} with no .*_id"):
+        make(api, [TINY], {}, "one")
+
+
+def test_a_redirect_to_tls_names_the_host_to_give(server: KfpServer) -> None:
+    place = server.url.replace("http:", "https:")
+    server.fail("GET", "/runs/1", status=301, headers={"Location": f"{place}/pipeline/apis/v2beta1/runs/1?x=1"})
+    with pytest.raises(KfpError) as caught:
+        slept(server)[0].get("/runs/1")
+    assert caught.value.hint == f"--host {place}/pipeline"
 
 
 @pytest.mark.parametrize("body", [b"", b"\xff\xfe", b"upstream connect error", b'"text"', b"null"], ids=repr)

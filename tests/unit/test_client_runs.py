@@ -72,11 +72,11 @@ def test_submit_shows_each_task_and_succeeds(server: KfpServer, capsys: pytest.C
         "run: PENDING",
         "run: RUNNING",
         "preprocess: running",
-        "run: SUCCEEDED",
         "preprocess: cached (1.0 s)",
         "train: done (42 s)",
     ]
     assert [line for line in lines if line in order] == order
+    assert [line for line in lines if "SUCCEEDED" in line] == [lines[-1]], "said once, at the end"
     assert '"epochs": 3' in run["runtime_config"]["parameters"]["params"]
     assert "Warning" not in err
 
@@ -281,6 +281,21 @@ def test_a_wrong_task_is_answered_with_the_nearest(
     assert "'train'" in capsys.readouterr().err
 
 
+def test_what_the_pods_will_not_find_is_said_with_what_comes_of_it(
+    server: KfpServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["submit", "--no-wait", "data.source=rows.csv"]) == 0
+    err = capsys.readouterr().err
+    assert "no params.yaml here: all parameters have their defaults" in err
+    assert "data.source=rows.csv is of this machine" in err
+    assert "promote.registry=registry is of this machine" in err
+    assert "no champion is compared with or kept" in err
+    (tmp_path / "params.yaml").write_text("cluster: {claim: c}\n")
+    mount = load(None).cluster.mount
+    assert main(["submit", "--no-wait", f"data.source={mount}/rows.csv", "promote.registry=s3://bucket/registry"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_compile_writes_what_submit_sends(server: KfpServer, documents: list[dict], tmp_path: Path) -> None:
     assert main(["compile", "-o", "p.yaml"]) == 0
     assert (tmp_path / "p.yaml").read_text().startswith("#")
@@ -312,4 +327,6 @@ def test_a_terminal_is_redrawn_in_place(
     )
     assert "• preprocess" in frames[0]
     assert "✓ preprocess" in frames[-1]
+    assert "run RUNNING" in frames[1]
+    assert "run SUCCEEDED" not in frames[-1], "that line is the command's"
     assert screen.getvalue().endswith("\x1b[?25h")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipelines import client, cron, kfp_api, schedule
+from pipelines import cron, kfp_api, schedule
 from pipelines.cli import main
 from pipelines.kfp_target import Target
 from tests.kfp_server import KfpServer
@@ -324,9 +324,3 @@ def test_a_wrong_word_is_answered_with_help(
 
 def test_next_needs_no_server() -> None:
     assert main(["schedule", "next", "--cron", "0 3 * * 1"]) == 0
-
-
-def test_client_states_agree_with_the_server() -> None:
-    from tests.kfp_server import FINAL
-
-    assert client.FINAL == FINAL
