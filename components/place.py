@@ -34,7 +34,8 @@ def place(task: PipelineTask, row: Task, params: Params, gpus: Any = None) -> Pi
         # manifests never repeat it, and others would repeat a wrong parameter too.
         seconds = f"{max(1, round(cluster.backoff_s))}s"
         task.set_retry(cluster.retries, seconds, 2.0, f"{_BACKOFF_MAX_S}s")
-    kubernetes.set_security_context(task, run_as_user=cluster.user, run_as_group=cluster.user, run_as_non_root=True)
+    if cluster.security_context:
+        kubernetes.set_security_context(task, run_as_user=cluster.user, run_as_group=cluster.user, run_as_non_root=True)
     # HOME and caches: the image's own file system may be read-only.
     kubernetes.empty_dir_mount(task, "tmp", "/tmp")  # noqa: S108
     if row.image == "trainer":

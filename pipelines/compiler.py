@@ -18,8 +18,13 @@ import yaml
 
 from trainer import storage
 from trainer.config import Params
+from trainer.errors import ConfigError
 
 HEADER = "# The training pipeline for Kubeflow Pipelines 2.15 to 2.17, made by `millrace compile`.\n"
+
+# KFP's launcher is given the parameters in one word of a command line, of which Linux takes 128 KiB (MAX_ARG_STRLEN); there
+# are others beside them, and the URIs of artifacts.
+MAX_BYTES = 96 * 1024
 
 
 def package(params: Params) -> list[dict[str, Any]]:
@@ -52,9 +57,18 @@ def write(params: Params, path: Path) -> None:
 
 
 def arguments(params: Params) -> dict[str, Any]:
-    """Pipeline inputs that carry a project's whole configuration, without what is compiled in."""
+    """Pipeline inputs that carry a project's whole configuration, without what is compiled in.
+
+    Raises:
+        ConfigError: it is longer than a container can be given.
+    """
     tree = params.model_dump(mode="json", exclude_defaults=True, exclude={"cluster"})
-    return {"params": json.dumps(tree, ensure_ascii=False, sort_keys=True)}
+    text = json.dumps(tree, ensure_ascii=False, sort_keys=True)
+    size = len(json.dumps(text, ensure_ascii=False).encode())
+    if size > MAX_BYTES:
+        message = f"params.yaml: {size:,} bytes, of which a pod of Kubeflow takes {MAX_BYTES:,}"
+        raise ConfigError(message, "shorten its longest list, such as the choices in tune.space")
+    return {"params": text}
 
 
 @contextlib.contextmanager

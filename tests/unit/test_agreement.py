@@ -13,6 +13,7 @@ from trainer import presets
 from trainer.config import Params
 from trainer.config.load import validate
 from trainer.config.text import parse_yaml
+from trainer.errors import ConfigError
 from trainer.stage import STAGES
 
 AROUND = {"configure", "finish"}
@@ -160,6 +161,20 @@ def test_every_task_is_restricted_described_and_bounded(name):
             silent = [key for key, port in ports.items() if kind == "inputDefinitions" and key != "status"
                       and not port.get("description")]  # fmt: skip
             assert not silent
+
+
+def test_a_configuration_longer_than_a_command_line_is_refused_here():
+    # A container that is given more does not even start, and says so nowhere that people look.
+    space = {"train.optimizer": {"type": "categorical", "choices": ["adamw", "sgd"] * 10_000}}
+    with pytest.raises(ConfigError, match=r"params\.yaml.*98,304"):
+        compiler.arguments(validate({"tune": {"space": space}}))
+
+
+def test_a_host_that_knows_no_security_context_is_told_of_none():
+    # The api-server of 2.15 refuses fields of the platform spec that it does not know.
+    platform = compiler.package(validate({"cluster": {"security_context": False}}))[1]
+    assert "securityContext" not in str(platform)
+    assert "emptyDirMounts" in str(platform)
 
 
 def test_only_what_trains_gets_accelerators():

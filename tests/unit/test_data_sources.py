@@ -232,6 +232,12 @@ def test_builtin_sources_are_the_same_each_time_and_have_no_tests_in_them(name: 
         assert {len(row["image"]) for row in rows} == {8}
 
 
+def test_digits_without_their_library_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(DataError, match="scikit-learn"):
+        builtin.write("digits", tmp_path / "digits.jsonl")
+
+
 def test_debian_sections_or_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paragraphs = [
         ("vim", "editors", "enhanced vi editor"), ("vim-doc", "doc", "documentation of vim"),

@@ -39,6 +39,9 @@ class Cluster(Section):
     """Names of Kubernetes secrets with which the images are pulled."""
     user: int = Field(default=65532, ge=1)
     """User and group that the containers run as; never root."""
+    security_context: bool = True
+    """Set the user on each task, as the Kubernetes policy restricted demands. Kubeflow 2.15 knows no such setting and refuses
+    the pipeline: with false, its containers run as the images' own user, 65532."""
     retries: int = Field(default=2, ge=0, le=10)
     """How often a stage that a signal killed (exit codes from 128), or whose pod was lost, is tried again."""
     backoff_s: float = Field(default=10.0, ge=0.0, le=3600.0)

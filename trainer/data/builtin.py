@@ -118,8 +118,11 @@ def debian_sections() -> Iterator[Row]:
 
 def digits() -> Iterator[Row]:
     """scikit-learn's 1,797 scans of handwritten digits, 8x8 pixels in 0..255."""
-    from sklearn.datasets import load_digits
-
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        message = "builtin:digits: comes with scikit-learn, which is not installed here (the image data has none)"
+        raise DataError(message, "pip install scikit-learn, or use another data.source") from None
     data = load_digits()
     scaled = (data.images * 255 / 16).round().astype(int)
     for image, target in zip(scaled, data.target, strict=True):
