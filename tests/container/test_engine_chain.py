@@ -68,7 +68,8 @@ def test_both_engines_make_the_same_and_decide_the_same(project: Path, engine: A
     assert owners == {os.getuid()}
     # What one engine entered in the registry, the other one goes on with.
     assert millrace(project, "registry", "promote", "v0001").returncode == 0
-    again = millrace(project, "run", "--engine", "docker", "train.seed=1")
+    fewer = [f"{stage}.enabled=false" for stage in ("tune", "distill", "quantize")]
+    again = millrace(project, "run", "--engine", "docker", "train.seed=1", *fewer)
     assert again.returncode in (0, 4), again.stderr
     assert "champion: v000" in again.stdout
     assert len(list((project / "registry/text-classify/versions").iterdir())) == 2

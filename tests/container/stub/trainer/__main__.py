@@ -15,6 +15,20 @@ def leave(number: int, frame: object) -> None:
     sys.exit(128 + number)
 
 
+def surroundings() -> dict[str, str]:
+    """What the kernel says that this process may do."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    found = dict(line.split(":\t", 1) for line in lines if line.startswith(("Cap", "NoNewPrivs", "Uid")))
+    for folder in ("/", "/opt", "/usr/bin", "/tmp", "data", "registry"):
+        try:
+            (Path(folder) / "probe").write_text("x")
+            (Path(folder) / "probe").unlink()
+            found[folder] = "writable"
+        except OSError as error:
+            found[folder] = type(error).__name__ if error.errno != 30 else "read-only"
+    return found
+
+
 def main() -> int:
     given = json.loads(sys.argv[sys.argv.index("--executor-input") + 1])
     told = Path("data/deeds.csv")  # where there is no environment to say it
@@ -22,7 +36,10 @@ def main() -> int:
     deeds = dict(word.split("=") for word in text.split())
     deed = deeds.get(STAGE, "")
     print(f"{STAGE}: working", flush=True)
-    if deed.startswith("sleep"):
+    if deed.startswith("look"):
+        print(json.dumps(surroundings()), flush=True)
+    if deed.startswith(("sleep", "look")):
+        deed = deed.replace("look", "sleep")
         time.sleep(float(deed[5:]))
     if deed.startswith("say"):
         print(f"{STAGE}: it is {os.environ[deed[3:]]}", flush=True)
