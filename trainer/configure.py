@@ -176,7 +176,7 @@ def _count(values: Mapping[str, Any], name: str, least: int) -> int:
     value = values.get(name)
     if value is None:
         return least
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < least:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value % 1 != 0 or value < least:
         raise ConfigError(
             f"parameter {name}: must be a whole number from {least} (given {value!r})", "correct the run form"
         )

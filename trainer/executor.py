@@ -33,8 +33,9 @@ SECTION = "{}_params"
 # In place of an artifact's files: where they are.
 REFERENCE = "reference.json"
 
-# KFP mounts object stores below these folders; the path inside is the URI without its scheme.
-_MOUNTS = {"minio://": "/minio/", "s3://": "/s3/", "gs://": "/gcs/", "oci://": "/oci/"}
+# KFP mounts object stores below these folders; the path inside is the URI without its scheme (LocalPathForURI).
+_MOUNTS = {"minio://": "/minio/", "s3://": "/s3/", "gs://": "/gcs/"}
+_IMAGE = "oci://"  # of a model in an image
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def local_artifact(uri: str) -> str:
     for scheme, mount in _MOUNTS.items():
         if uri.startswith(scheme):
             return mount + uri.removeprefix(scheme)
+    if uri.startswith(_IMAGE):
+        return f"/oci/{uri.removeprefix(_IMAGE).replace('/', '_')}/models"
     return uri
 
 

@@ -100,6 +100,8 @@ WRONG = {
     "no override": ({"overrides": "epochs"}, "section.key=value"),
     "trials": ({"trials": -1}, "parameter trials"),
     "half a trial": ({"trials": 1.5}, "parameter trials"),
+    "no number": ({"trials": float("nan")}, "parameter trials"),
+    "no end of trials": ({"trials": float("inf")}, "parameter trials"),
     "a truth for a number": ({"trials": True}, "parameter trials"),
     "no node": ({"nodes": 0}, "parameter nodes"),
     "nodes": ({"nodes": 2}, "gpus_per_node"),

@@ -169,6 +169,7 @@ def test_a_missing_input_is_refused(dialect):
         ("minio://mlpipeline/v2/x", "/minio/mlpipeline/v2/x"),
         ("s3://bucket/x", "/s3/bucket/x"),
         ("gs://bucket/x", "/gcs/bucket/x"),
+        ("oci://registry.example/team/model:v1", "/oci/registry.example_team_model:v1/models"),
         ("/local/outputs/x", "/local/outputs/x"),
         ("abfs://c@a.dfs.core.windows.net/x", "abfs://c@a.dfs.core.windows.net/x"),
     ],
