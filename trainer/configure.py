@@ -10,6 +10,7 @@ what it reads has changed. Parameters: those of the run form (components/build.p
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -97,7 +98,7 @@ def make(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Plan:
     if params.cluster != Cluster():
         warnings.append("cluster: the pipeline was compiled with its own; what the run form says of it is not used")
     registry = params.promote.registry
-    if not storage.is_remote(registry) and not Path(registry).is_absolute() and not Path(registry).is_dir():
+    if not storage.is_remote(registry) and not _is_kept(storage.local_path(registry)):
         # A folder of the container: gone with it. A run without a registry is a run all the same.
         place = f"{store}/registry" if store else str(Path(tempfile.gettempdir()) / "registry")
         params = validate(apply_overrides(params.model_dump(mode="json"), {"promote.registry": place}), "parameters")
@@ -111,6 +112,10 @@ def make(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Plan:
     same = bool(champion[1]) and champion[1] == version
     proceed = not (same and bool(values.get("only_if_new")))
     return Plan(params, version, champion, proceed, tuple(warnings))
+
+
+def _is_kept(registry: Path) -> bool:
+    return registry.is_absolute() or os.path.isdir(registry)  # noqa: PTH112 - of a name that is too long it says no
 
 
 def _check_places(places: Mapping[str, str]) -> None:

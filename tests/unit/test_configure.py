@@ -211,6 +211,12 @@ def test_with_a_store_the_registry_is_in_it(data, tmp_path, capsys):
     assert "no registry" not in capsys.readouterr().out
 
 
+def test_a_registry_given_as_a_file_uri_is_used(data, tmp_path, capsys):
+    found = run(tmp_path, data=str(data), registry=f"file://{tmp_path}/reg")
+    assert json.loads(found["promote_params"])["registry"] == f"file://{tmp_path}/reg"
+    assert "no registry" not in capsys.readouterr().out
+
+
 def test_a_folder_registry_that_is_there_is_used(data, tmp_path):
     (tmp_path / "registry").mkdir()
     assert json.loads(run(tmp_path, data=str(data))["promote_params"])["registry"] == "registry"

@@ -234,6 +234,27 @@ def test_outputs_go_to_the_store_by_reference_and_come_back(dialect, tmp_path):
     assert record["inputs"]["extra"] == found.digest
 
 
+def test_a_store_far_away_is_used_by_reference_too(dialect, tmp_path):
+    import fsspec
+
+    make, _, made = dialect
+    store = f"memory://{tmp_path}/runs"
+    run(make(store=f"{store}/"))
+    place = executor.dereference(str(made))
+    assert place.startswith(f"{store}/")
+    assert "//" not in place.removeprefix("memory://")
+    shutil.copytree(made, tmp_path / "downloaded")
+    given = make(store=f"{store}-2")
+    given["inputs"]["artifacts"]["extra"] = {"artifacts": [{"name": "5", "uri": str(tmp_path / "downloaded")}]}
+    digest = json.loads((made / executor.REFERENCE).read_text())["digest"]
+    run(given)
+    folder = executor.dereference(str(made)).removeprefix("memory://")
+    assert json.loads(fsspec.filesystem("memory").cat(f"{folder}/manifest.json"))["record"]["inputs"]["extra"] == digest
+    fsspec.filesystem("memory").rm(place.removeprefix("memory://"), recursive=True)
+    with pytest.raises(StorageError, match="not there any more"):
+        executor.dereference(str(tmp_path / "downloaded"))
+
+
 def test_a_lost_attempts_scratch_in_a_mounted_store_is_its_own_runs(tmp_path, monkeypatch):
     toy.make(tmp_path / "previous/source")
     notes = {}
