@@ -13,7 +13,7 @@ from typing import Any
 from pipelines.kfp_api import Api, Json, KfpError, filter_
 from pipelines.runview import FINAL, View, tasks
 from trainer import __version__
-from trainer.errors import EXIT_FAILURE, ConfigError, MillraceError
+from trainer.errors import EXIT_FAILURE, ConfigError, MillraceError, redact
 
 POLL_S = 3.0
 _TICK_S = 0.2
@@ -169,7 +169,7 @@ def wait(
     """Show a run until it has ended; returns it.
 
     Raises:
-        RunFailed: the time is up; the run goes on.
+        RunFailed: the time is up, and the run goes on; or the server cannot tell its state.
         KfpError: the server did not answer for ten minutes, or refuses.
     """
     started = heard = time.monotonic()
@@ -177,6 +177,7 @@ def wait(
         try:
             run = get(api, run_id)
             heard = time.monotonic()
+            _require_state(run)
             view.show(tasks(spec, run, dt.datetime.now(dt.UTC)), str(run.get("state") or "PENDING"))
             if run.get("state") in FINAL:
                 return run
@@ -189,6 +190,15 @@ def wait(
                 f"run {run_id}: not done after {timeout_s:.0f} s; it goes on", f"millrace status {run_id} --watch"
             )
         _pause(view, sleep)
+
+
+def _require_state(run: Json) -> None:
+    """Of a run that it cannot read any more the server tells the id and an error, for ever."""
+    if run.get("error") and run.get("state", "RUNTIME_STATE_UNSPECIFIED") == "RUNTIME_STATE_UNSPECIFIED":
+        said = redact(str(run["error"].get("message") or "no state"))
+        raise RunFailed(
+            f"run {run['run_id']}: the server cannot read it: {said}", "look at the logs of deploy/ml-pipeline"
+        )
 
 
 def _pause(view: View, sleep: Callable[[float], None]) -> None:

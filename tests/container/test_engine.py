@@ -163,6 +163,32 @@ def test_a_stage_that_fails_is_not_repeated_by_kfp(start: Any) -> None:
     assert out.count("preprocess: started") == 1
 
 
+def test_on_a_terminal_the_last_lines_of_the_stage_that_failed_stay_on_the_screen(project: Path, stub: str) -> None:
+    screen, terminal = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", "run", "--engine", "docker"], cwd=project, stdin=subprocess.DEVNULL,
+        stdout=terminal, stderr=terminal, env={**os.environ, "STUB": "configure=exit3", "TERM": "xterm"},
+        start_new_session=True,
+    )  # fmt: skip
+    os.close(terminal)
+    shown = b""
+    try:
+        with contextlib.suppress(OSError):  # EIO: the last one that had it open has ended
+            while got := os.read(screen, 65536):
+                shown += got
+        assert process.wait(timeout=DEADLINE_S) == 3
+    finally:
+        os.close(screen)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=30)
+    end = shown[shown.rindex(b"\x1b[?25h") :]
+    assert b"configure: line 19" in end
+    assert b"configure: about to fail" in end
+    assert b"stage configure ended with exit code 3" in end
+    assert b"finish" not in end
+
+
 @pytest.mark.parametrize("how", ["kill", "remove"])
 def test_a_container_that_somebody_else_ends_is_red(how: str, project: Path, start: Any, client: Any) -> None:
     process = start(deeds="preprocess=sleep100")

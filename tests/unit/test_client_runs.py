@@ -105,6 +105,17 @@ def test_timeout_leaves_the_run(server: KfpServer, documents: list[dict], capsys
     assert not server.sent("POST", "/runs/.*:terminate")
 
 
+def test_a_run_that_the_server_cannot_read_any_more_is_not_waited_for(
+    server: KfpServer, documents: list[dict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_id = start(server, documents, [("RUNNING", FIRST)])
+    # All that toApiRun gives of a run whose pipeline it cannot parse.
+    body = f'{{"run_id": "{run_id}", "error": {{"code": 13, "message": "missing pipeline source"}}}}'.encode()
+    server.fail("GET", f"/runs/{run_id}", status=200, body=body, times=99)
+    assert main(["status", run_id, "--watch"]) == 1
+    assert "missing pipeline source" in capsys.readouterr().err
+
+
 def test_no_wait_does_not_ask_for_the_run(server: KfpServer) -> None:
     assert main(["submit", "--no-wait", "--name", "night shift"]) == 0
     assert not server.sent("GET", "/runs/[^/]+")
