@@ -67,8 +67,13 @@ def run(text: str, overrides: Sequence[str]) -> int:
         for section, content in tree.items()
     }
     gpus = _count(given.values, "gpus_per_node", 0)
-    on = {"tune": params.tune.enabled, "train": True, "distill": params.distill.enabled}
-    values |= {f"{name}_gpus": str(gpus if enabled else 0) for name, enabled in on.items()}
+    # Search and distillation train in one process, which sees one accelerator; others would be held for nothing.
+    asked = {
+        "tune": min(gpus, 1) if params.tune.enabled else 0,
+        "train": gpus,
+        "distill": min(gpus, 1) if params.distill.enabled else 0,
+    }
+    values |= {f"{name}_gpus": str(count) for name, count in asked.items()}
     values |= {"data_version": plan.data_version, "proceed": str(plan.proceed).lower()}
     metadata: dict[str, dict[str, Any]] = {}
     if "summary" in given.outputs:

@@ -227,9 +227,14 @@ def test_every_preset_runs_from_the_form(name):
     assert isinstance(configure.resolve({"preset": name}), Params)
 
 
+def test_only_train_asks_for_more_than_one_accelerator(data, tmp_path):
+    found = run(tmp_path, data=str(data), gpus_per_node=4.0, overrides="tune.enabled=true")
+    assert (found["tune_gpus"], found["train_gpus"], found["distill_gpus"]) == ("1", "4", "1")
+
+
 def test_a_stage_that_is_switched_off_asks_for_no_accelerator(data, tmp_path):
     found = run(tmp_path, data=str(data), gpus_per_node=2.0, overrides="tune.enabled=false")
-    assert (found["tune_gpus"], found["train_gpus"], found["distill_gpus"]) == ("0", "2", "2")
+    assert (found["tune_gpus"], found["train_gpus"], found["distill_gpus"]) == ("0", "2", "1")
 
 
 def test_a_secret_in_the_sources_uri_is_in_no_output(tmp_path, monkeypatch, capsys):
