@@ -12,7 +12,7 @@ from pathlib import Path
 from pipelines import client, compiler, runlogs, runview
 from pipelines.kfp_api import Api, Json
 from pipelines.kfp_target import target
-from pipelines.project import PARAMS
+from pipelines.project import PARAMS, require_installed
 from pipelines.screen import program, seconds
 from trainer import storage
 from trainer.config import Params
@@ -25,6 +25,7 @@ TIME = "%Y-%m-%d %H:%M:%S UTC"
 
 def compile(args: Namespace) -> int:
     """`millrace compile`."""
+    require_installed("millrace compile", "kfp", "kfp.kubernetes")
     params = params_of(args.overrides)
     _warn_of_defaults()
     if args.output == "-":
@@ -231,4 +232,6 @@ def params_of(overrides: list[str]) -> Params:
 
 def api_of(args: Namespace) -> Api:
     """The server that the flags and the environment name."""
-    return Api(target(args.host, args.namespace, args.experiment, args.token_file, args.cookies_file, args.ca_file))
+    where = target(args.host, args.namespace, args.experiment, args.token_file, args.cookies_file, args.ca_file)
+    require_installed(f"millrace {args.command}", "kfp_server_api")
+    return Api(where)

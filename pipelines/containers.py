@@ -52,19 +52,11 @@ def run(overrides: list[str], *, until: str = "") -> int:
     """
     folder = Path()
     project.require(folder)
-    _check_installed()
+    project.require_installed("--engine docker", "docker", "kfp")
     dvcfile.render(load(folder / project.PARAMS, overrides))  # what is wrong is said before a file is written
     with project.held(folder), sockets.terminated(), sockets.service() as client:
         params = project.configure(folder, [*overrides, *local.model_of_new_source(folder, overrides)])
         return _run(client, params, until)
-
-
-def _check_installed() -> None:
-    try:
-        import docker  # noqa: F401
-        import kfp  # noqa: F401
-    except ImportError as error:
-        raise MillraceError(f"--engine docker needs {error.name}", "pip install 'millrace[kfp]'") from None
 
 
 def _run(client: DockerClient, params: Params, until: str) -> int:

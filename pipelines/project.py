@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import os
 import re
 import shutil
@@ -50,6 +51,21 @@ def require(folder: Path) -> None:
             f"{folder / PARAMS}: no such file",
             "go to the project's folder, or make one with `millrace new DIR --data FILE --text COL --label COL`",
         )
+
+
+def require_installed(who: str, *modules: str) -> None:
+    """Check that the extra `kfp` is installed.
+
+    Raises:
+        MillraceError: a module is missing; the message says that `who` needs it.
+    """
+    try:
+        for module in modules:
+            importlib.import_module(module)
+    except ImportError as error:
+        raise MillraceError(
+            f"{who} needs {error.name}, which is not installed", "pip install 'millrace[kfp]'"
+        ) from None
 
 
 def prepare(folder: Path) -> None:

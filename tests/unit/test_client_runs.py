@@ -307,6 +307,22 @@ def test_what_the_pods_will_not_find_is_said_with_what_comes_of_it(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    "words", [["compile"], ["submit"], ["runs"], ["schedule", "ls"], ["run", "--engine", "docker"]]
+)
+def test_without_kfp_each_command_says_what_to_install(
+    words: list[str], server: KfpServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("params.yaml").write_text("{}\n")
+    for name in ("kfp", "kfp.kubernetes", "kfp_server_api", "docker"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert "pip install 'millrace[kfp]'" in err
+    assert "Traceback" not in err
+    assert server.requests == []
+
+
 def test_compile_writes_what_submit_sends(server: KfpServer, documents: list[dict], tmp_path: Path) -> None:
     assert main(["compile", "-o", "p.yaml"]) == 0
     assert (tmp_path / "p.yaml").read_text().startswith("#")
