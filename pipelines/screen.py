@@ -47,10 +47,11 @@ class Paint:
 
 
 def seconds(value: float) -> str:
-    """A duration for a narrow column: 0.4 s, 12 s, 3 m 05 s."""
-    if value < 9.95:
-        return f"{value:.1f} s"
-    return f"{value:.0f} s" if value < 59.5 else f"{int(value + 0.5) // 60} m {int(value + 0.5) % 60:02d} s"
+    """A duration for a narrow column: 0.4 s, 12 s, 3 m 05 s, 2 h 10 m."""
+    if value < 59.5:
+        return f"{value:.1f} s" if value < 9.95 else f"{value:.0f} s"
+    minutes, rest = divmod(int(value + 0.5), 60)
+    return f"{minutes} m {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} m"
 
 
 def size(value: float) -> str:

@@ -81,7 +81,17 @@ def test_no_color_is_respected(terminal: Terminal, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1 m 00 s"), (125, "2 m 05 s")],
+    [
+        (0.04, "0.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.4, "59 s"),
+        (59.6, "1 m 00 s"),
+        (125, "2 m 05 s"),
+        (3599.4, "59 m 59 s"),
+        (3599.6, "1 h 00 m"),
+        (7830, "2 h 10 m"),
+    ],
 )
 def test_durations(value: float, text: str) -> None:
     assert screen.seconds(value) == text
