@@ -218,7 +218,12 @@ class Api:
         }  # fmt: skip
         if status in (301, 302, 303, 307, 308):
             return self._elsewhere(method, path, status, headers.get("location", ""))
-        if status >= 500:
+        if status == 404 and path.count("/") == 1:
+            what, fix = (
+                "not there",
+                "check that the host is Kubeflow Pipelines 2 (the dashboard's needs /pipeline at its end)",
+            )
+        elif status >= 500:
             what, fix = (
                 "the server failed",
                 "look at the logs of deploy/ml-pipeline; `millrace runs` shows what has been started",
@@ -262,10 +267,10 @@ class Api:
 
     def _tls(self, reason: str) -> KfpError:
         why = reason.splitlines()[-1][:200]
-        return KfpError(
-            f"{self.target.host}: no safe connection: {why}",
-            "give the file of the certificates that sign it: --ca-file FILE",
-        )
+        fix = "give the file of the certificates that sign it: --ca-file FILE"
+        if "WRONG_VERSION_NUMBER" in reason:
+            fix = f"that port speaks no TLS: --host {self.target.host.replace('https:', 'http:', 1)}"
+        return KfpError(f"{self.target.host}: no safe connection: {why}", fix)
 
     def _unreachable(self, error: Exception) -> KfpError:
         """No answer. A connection that was never made has surely changed nothing."""

@@ -246,8 +246,11 @@ def _present(api: Api, name: str) -> tuple[Schedule, tuple[str, ...]]:
 
 
 def _unknown(api: Api, name: str) -> ConfigError:
-    known = nearest(name, {each.name for each in listed(api)})
-    return ConfigError(f"schedule {name}: not there; {known}", "see `millrace schedule ls`")
+    known = {each.name for each in listed(api)}
+    if not known:
+        where = f"experiment {api.target.experiment} has no schedules"
+        return ConfigError(f"schedule {name}: not there; {where}", 'make one: `millrace schedule --cron "0 3 * * 1"`')
+    return ConfigError(f"schedule {name}: not there; {nearest(name, known)}", "see `millrace schedule ls`")
 
 
 def _create(api: Api, name: str, content: Json, digest: str, old: Schedule | None) -> Schedule:

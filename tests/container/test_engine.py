@@ -95,17 +95,19 @@ def containers(client: docker.DockerClient, project: Path) -> list[Any]:
     return [each for run in runs_of(project) for each in docker_runner.containers_of(client, run.name)]
 
 
-def running(client: docker.DockerClient, project: Path, stage: str, said: bytes = b"working") -> Any:
+def running(
+    process: subprocess.Popen[str], client: docker.DockerClient, project: Path, stage: str, said: bytes = b"working"
+) -> Any:
     """The container of a stage, as soon as it is at work and has said so."""
     deadline = time.monotonic() + DEADLINE_S
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and process.poll() is None:
         for each in containers(client, project):
             with contextlib.suppress(docker.errors.APIError):
                 each.reload()
                 if each.labels.get(docker_runner.STAGE_LABEL) == stage and said in each.logs():
                     return each
         time.sleep(0.1)
-    raise AssertionError(f"{stage} did not start")
+    raise AssertionError(f"{stage} did not start: {process.poll()}")
 
 
 def test_a_green_run_leaves_an_artifact_of_each_stage_under_its_name(project: Path, start: Any, client: Any) -> None:
@@ -192,7 +194,7 @@ def test_on_a_terminal_the_last_lines_of_the_stage_that_failed_stay_on_the_scree
 @pytest.mark.parametrize("how", ["kill", "remove"])
 def test_a_container_that_somebody_else_ends_is_red(how: str, project: Path, start: Any, client: Any) -> None:
     process = start(deeds="preprocess=sleep100")
-    container = running(client, project, "preprocess")
+    container = running(process, client, project, "preprocess")
     if how == "kill":
         container.kill("SIGKILL")
     else:
@@ -209,7 +211,7 @@ def test_a_signal_stops_the_container_and_leaves_none(
     number: int, expected: int, project: Path, start: Any, client: Any
 ) -> None:
     process = start(deeds="preprocess=sleep100")
-    running(client, project, "preprocess")
+    running(process, client, project, "preprocess")
     process.send_signal(number)
     begun = time.monotonic()
     code, out, err = end(process)
@@ -223,7 +225,7 @@ def test_a_signal_stops_the_container_and_leaves_none(
 
 def test_the_next_start_removes_what_a_killed_run_left(project: Path, start: Any, client: Any) -> None:
     process = start(deeds="configure=sleep100")
-    running(client, project, "configure")
+    running(process, client, project, "configure")
     process.kill()
     process.wait(timeout=30)
     assert [each.attrs["State"] for each in containers(client, project)] == ["running"]
@@ -237,7 +239,7 @@ def test_a_second_run_in_the_project_is_refused_and_leaves_the_first_alone(
     project: Path, start: Any, client: Any
 ) -> None:
     first = start("--until", "configure", deeds="configure=sleep5")
-    running(client, project, "configure")
+    running(first, client, project, "configure")
     code, _, err = end(start())
     assert code == 2
     assert "another `millrace run` works in this folder" in err
@@ -254,7 +256,7 @@ def test_until_starts_nothing_after_the_stage(project: Path, start: Any, client:
 
 def test_a_container_can_do_nothing_but_its_work(project: Path, start: Any, client: Any) -> None:
     process = start("data.max_rows=1", deeds="preprocess=look100", CANARY=CANARY, UNRELATED="not for containers")
-    container = running(client, project, "preprocess", b"CapBnd")
+    container = running(process, client, project, "preprocess", b"CapBnd")
     facts = container.attrs
     # What the kernel says, whatever the engine calls it.
     said = next(line for line in container.logs().decode().splitlines() if line.startswith("{"))
@@ -295,7 +297,7 @@ def test_the_network_is_there_only_where_something_is_remote(
     path.write_text(text.replace("data/rows.csv", '"data/*.csv"'), encoding="utf-8")
     (project / "data" / "deeds.csv").write_text("configure=sleep100", encoding="utf-8")
     process = start("--until", "configure", *words)
-    facts = running(client, project, "configure").attrs
+    facts = running(process, client, project, "configure").attrs
     assert (facts["HostConfig"]["NetworkMode"] != "none") is network
     process.terminate()
     assert end(process)[0] == 143
@@ -303,7 +305,7 @@ def test_the_network_is_there_only_where_something_is_remote(
 
 def test_a_secret_is_in_no_argument_log_or_file(project: Path, start: Any, client: Any) -> None:
     process = start(deeds="configure=sayCANARY preprocess=sleep4 tune=exit2", CANARY=CANARY)
-    arguments = json.dumps(running(client, project, "preprocess").attrs["Config"]["Cmd"])
+    arguments = json.dumps(running(process, client, project, "preprocess").attrs["Config"]["Cmd"])
     code, out, err = end(process)
     assert code == 2
     assert "it is ***" in out
@@ -339,7 +341,7 @@ def test_an_image_that_is_built_again_meanwhile_is_not_what_a_run_goes_on_with(
     path = project / "params.yaml"
     path.write_text(PARAMS.replace("localhost/millrace-stub,", f"{moving},"), encoding="utf-8")
     process = start("--until", "tune", deeds="configure=sleep4")
-    running(client, project, "configure")
+    running(process, client, project, "configure")
     client.images.remove(f"{moving}/trainer:1", noprune=True)
     code, out, err = end(process)
     assert code == 0, err

@@ -51,7 +51,7 @@ def slept(server: KfpServer, **how: object) -> tuple[Api, list[float]]:
 STATUSES = {
     401: ("not logged in", "MILLRACE_KFP_TOKEN"),
     403: ("no permission", "--namespace"),
-    404: ("not there", "--namespace"),
+    404: ("not there", "/pipeline"),
     409: ("there already", "again"),
     429: ("too many requests", "wait"),
     500: ("the server failed", "ml-pipeline"),
@@ -69,6 +69,12 @@ def test_each_status_is_one_readable_error(server: KfpServer, status: int, capsy
     assert f": {status}: made to fail ({what}" in message
     assert fix in hint
     assert err.count("\n") == 2
+
+
+def test_a_run_that_is_not_there_is_not_the_hosts_fault(server: KfpServer) -> None:
+    with pytest.raises(KfpError) as caught:
+        slept(server)[0].get("/runs/1")
+    assert "millrace runs" in caught.value.hint
 
 
 @pytest.mark.parametrize("status", [0, 429, 500, 502, 503, 504])
@@ -170,7 +176,9 @@ def test_a_certificate_that_nobody_vouches_for_is_explained(server: KfpServer) -
     with pytest.raises(KfpError) as caught:
         Api(Target(server.url.replace("http:", "https:")), lambda _: None).get("/experiments")
     assert "no safe connection" in caught.value.message
-    assert "--ca-file" in caught.value.hint
+    assert caught.value.hint.endswith(f"--host {server.url}"), "there is no TLS at that port at all"
+    error = slept(server)[0]._tls("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate")
+    assert "--ca-file" in error.hint
 
 
 def test_an_installation_of_several_users_asks_for_the_namespace(

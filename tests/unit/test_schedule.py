@@ -324,3 +324,10 @@ def test_a_wrong_word_is_answered_with_help(
 
 def test_next_needs_no_server() -> None:
     assert main(["schedule", "next", "--cron", "0 3 * * 1"]) == 0
+
+
+def test_without_any_schedule_there_is_nothing_to_pause(server: KfpServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schedule", "pause"]) == 2
+    err = capsys.readouterr().err
+    assert "experiment millrace has no schedules" in err
+    assert "--cron" in err
