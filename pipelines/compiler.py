@@ -60,8 +60,11 @@ def arguments(params: Params) -> dict[str, Any]:
     """Pipeline inputs that carry a project's whole configuration, without what is compiled in.
 
     Raises:
-        ConfigError: it is longer than a container can be given.
+        ConfigError: it is longer than a container can be given, or a URI in it holds credentials.
     """
+    from trainer.configure import places, refuse_secrets
+
+    refuse_secrets(places(params))
     tree = params.model_dump(mode="json", exclude_defaults=True, exclude={"cluster"})
     text = json.dumps(tree, ensure_ascii=False, sort_keys=True)
     size = len(json.dumps(text, ensure_ascii=False).encode())

@@ -99,7 +99,8 @@ def make(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Plan:
     warnings: list[str] = []
     params = resolve(values, overrides)
     store = executor.store_of(values)
-    _check_places({"data.source": params.data.source, "promote.registry": params.promote.registry, "store": store})
+    refuse_secrets({**places(params), "store": store})
+    _check_store(store)
     if params.cluster != Cluster():
         warnings.append("cluster: the pipeline was compiled with its own; what the run form says of it is not used")
     registry = params.promote.registry
@@ -123,25 +124,37 @@ def _is_kept(registry: Path) -> bool:
     return registry.is_absolute() or os.path.isdir(registry)  # noqa: PTH112 - of a name that is too long it says no
 
 
-def _check_places(places: Mapping[str, str]) -> None:
-    """Refuse what would fail later, in another pod, or be kept readable by Kubeflow.
+def places(params: Params) -> dict[str, str]:
+    """Key -> URI of what a configuration reads and writes."""
+    return {"data.source": params.data.source, "promote.registry": params.promote.registry}
+
+
+def refuse_secrets(uris: Mapping[str, str]) -> None:
+    """Refuse what Kubeflow would keep and show to all: parameters are no place for secrets.
 
     Raises:
-        ConfigError: a URI holds credentials, or the store is no place that all pods see.
-        StorageError: there is no such store, or no right to read it.
+        ConfigError: a URI holds credentials; the message names its key.
     """
-    for name, uri in places.items():
+    for name, uri in uris.items():
         known = _SSH_USER.sub("", uri)  # a name is no secret
         if redact(known) != known:
             raise ConfigError(
                 f"{name}: {redact(uri)}: holds a password, key, token or signature, and Kubeflow keeps and shows parameters",
                 "put it into a Kubernetes secret, and name that in cluster.secrets, for example for AWS_ACCESS_KEY_ID",
             )
-    store = places["store"]
+
+
+def _check_store(store: str) -> None:
+    """Refuse now what would fail later, in another pod.
+
+    Raises:
+        ConfigError: the store is no place that all pods see.
+        StorageError: there is no driver for it, or no right to read it.
+    """
     if store and not storage.is_remote(store) and not storage.local_path(store).is_absolute():
         raise ConfigError(f"parameter store: {store}: a folder of one pod", "pass a URI or a mounted path, from / on")
     if store:
-        storage.exists(store)  # a missing driver or right is found now
+        storage.exists(store)
 
 
 def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Params:

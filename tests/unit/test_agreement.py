@@ -170,6 +170,13 @@ def test_a_configuration_longer_than_a_command_line_is_refused_here():
         compiler.arguments(validate({"tune": {"space": space}}))
 
 
+@pytest.mark.parametrize(("section", "key"), [("data", "source"), ("promote", "registry")])
+def test_a_secret_in_a_uri_does_not_leave_this_machine(section, key):
+    with pytest.raises(ConfigError, match=rf"{section}\.{key}") as caught:
+        compiler.arguments(validate({section: {key: "https://me:hunter2canary@host.example/x.csv"}}))
+    assert "hunter2canary" not in str(caught.value)
+
+
 def test_a_host_that_knows_no_security_context_is_told_of_none():
     # The api-server of 2.15 refuses fields of the platform spec that it does not know.
     platform = compiler.package(validate({"cluster": {"security_context": False}}))[1]

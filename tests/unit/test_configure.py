@@ -147,7 +147,7 @@ def test_a_store_without_a_driver_is_said_before_anything_runs(data, tmp_path):
      "dvc:https://host.example/team/data@v1:rows.csv", "abfs://container@account.dfs.core.windows.net/rows.csv"],
 )  # fmt: skip
 def test_a_name_before_a_host_is_no_secret(source):
-    configure._check_places({"data.source": source, "store": ""})
+    configure.refuse_secrets({"data.source": source})
 
 
 def test_what_is_pasted_with_spaces_around_it_is_meant_without(data, tmp_path):
