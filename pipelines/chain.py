@@ -131,8 +131,6 @@ class Chain:
         task = docker_runner.task_of(command)
         if self._stopping.is_set():
             raise _Stop
-        if self.failures and task.stage != "finish":
-            return 1  # kfp would go on with what does not depend on the stage that failed
         tasks = str(self.folder.absolute() / "tasks")
         volumes = {path: how for path, how in words["volumes"].items() if path == tasks} | self.options["volumes"]
         # KFP's command takes the place of the image's entry point, Docker's would be added to it.
