@@ -12,7 +12,9 @@ def execute(path: Path, timeout_s: int) -> nbformat.NotebookNode:
     """The notebook with its outputs; raises nbclient's CellExecutionError at the first cell that fails."""
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    client = nbclient.NotebookClient(notebook, timeout=timeout_s, kernel_name="python3", resources={"metadata": {"path": "."}})
+    client = nbclient.NotebookClient(
+        notebook, timeout=timeout_s, kernel_name="python3", resources={"metadata": {"path": "."}}
+    )
     return client.execute()
 
 

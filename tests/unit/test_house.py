@@ -194,9 +194,7 @@ def test_the_lock_holds_what_pyproject_asks_for() -> None:
     asked = [*settings["project"]["dependencies"], *(each for extra in extras.values() for each in extra)]
     plain = {re.split(r"[\[<>=!~; ]", each)[0] for each in asked} - {"millrace"}
     names = {re.sub(r"[-_.]+", "-", name).lower() for name in plain}
-    lock = "\n".join(
-        (ROOT / "requirements" / name).read_text(encoding="utf-8") for name in ("run.txt", "launcher.txt")
-    )
+    lock = "\n".join((ROOT / "requirements" / name).read_text(encoding="utf-8") for name in ("run.txt", "launcher.txt"))
     locked = {line.split("==")[0] for line in lock.splitlines() if "==" in line and not line.startswith((" ", "#"))}
     assert names <= locked
     assert "--hash=sha256:" in lock
