@@ -120,12 +120,10 @@ def _model_folder(given: str | None, cache: Path) -> Path:
                 return registry.fetch(params.promote.model, champion.version, "model", cache)
             except ArtifactError as error:
                 raise ArtifactError(error.message, _OTHER_CHAMPION) from error
-    path = Path(OUT) / "quantized"
-    if path.is_dir():
-        return _verified(path)
-    raise ArtifactError(
-        "no model: the registry has no champion and there is no out/quantized", "make one: millrace run"
-    )
+    made = [path for folder in (OUT, f"{CONTAINERS}/latest") if (path := Path(folder) / "quantized").is_dir()]
+    if made:
+        return _verified(max(made, key=lambda path: path.stat().st_mtime))
+    raise ArtifactError("no model: the registry has no champion and no run has made one", "make one: millrace run")
 
 
 def _verified(path: Path) -> Path:

@@ -205,13 +205,23 @@ def is_shared(params: Params, uri: str) -> bool:
 
 
 def warn(params: Params) -> None:
-    """Say what a run on a cluster will not find, and what comes of it."""
+    """Say what a run on a cluster will not find, and what comes of it.
+
+    Raises:
+        ConfigError: the data is on this machine.
+    """
     _warn_of_defaults()
+    source = params.data.source
+    if not is_shared(params, source) and not source.startswith(("builtin:", "dvc:")) and storage.exists(source):
+        raise ConfigError(
+            f"data.source: {redact(source)} is of this machine, pods do not see it",
+            "copy it to an object store, or to the volume of cluster.claim, and name it there: data.source=s3://bucket/data.jsonl",
+        )
     for key, uri, what in (
         ("data.source", params.data.source, "preprocess fails unless the image has it; give it as s3://bucket/data.jsonl"),
         ("promote.registry", params.promote.registry, "no champion is compared with or kept; s3://bucket/registry keeps one"),
     ):  # fmt: skip
-        if not is_shared(params, uri) and not uri.startswith(("builtin:", "dvc:", "hf:")):
+        if not is_shared(params, uri) and not uri.startswith(("builtin:", "dvc:")):
             print(f"note: {key}={redact(uri)} is of this machine, pods do not see it:\n  {what}", file=sys.stderr)
 
 

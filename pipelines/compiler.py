@@ -1,7 +1,7 @@
 """The pipeline as the package that Kubeflow Pipelines takes: `millrace compile`.
 
 A package is YAML: the pipeline's intermediate representation, and as a second document what Kubernetes is told of
-each task. It holds no parameters of the training: those are inputs of the pipeline.
+each task. The parameters of the training are inputs of the pipeline; the project's own are their defaults.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Any
 
 import yaml
 
-from trainer import storage
+from trainer import presets, storage
 from trainer.config import Params
+from trainer.config.load import validate
+from trainer.config.text import parse_yaml
 from trainer.errors import ConfigError
 
 HEADER = "# The training pipeline for Kubeflow Pipelines 2.15 to 2.17, made by `millrace compile`.\n"
@@ -36,7 +38,7 @@ def package(params: Params) -> list[dict[str, Any]]:
 
         with tempfile.TemporaryDirectory(prefix="millrace-") as folder:
             path = Path(folder) / "package.yaml"
-            compiler.Compiler().compile(training(params), str(path))
+            compiler.Compiler().compile(training(params, arguments(params)), str(path))
             return [dict(document) for document in yaml.safe_load_all(path.read_text(encoding="utf-8"))]
 
 
@@ -57,7 +59,9 @@ def write(params: Params, path: Path) -> None:
 
 
 def arguments(params: Params) -> dict[str, Any]:
-    """Pipeline inputs that carry a project's whole configuration, without what is compiled in.
+    """Pipeline inputs `preset` and `params` that carry a project's whole configuration, without what is compiled in.
+
+    One of them is empty: the name of the preset that the configuration is, or else the configuration.
 
     Raises:
         ConfigError: it is longer than a container can be given, or a URI in it holds credentials.
@@ -65,13 +69,17 @@ def arguments(params: Params) -> dict[str, Any]:
     from trainer.configure import places, refuse_secrets
 
     refuse_secrets(places(params))
+    whole = params.model_dump(exclude={"cluster"})
+    for name in presets.names():
+        if validate(parse_yaml(presets.text(name), name)).model_dump(exclude={"cluster"}) == whole:
+            return {"preset": name, "params": ""}
     tree = params.model_dump(mode="json", exclude_defaults=True, exclude={"cluster"})
     text = json.dumps(tree, ensure_ascii=False, sort_keys=True)
     size = len(json.dumps(text, ensure_ascii=False).encode())
     if size > MAX_BYTES:
         message = f"params.yaml: {size:,} bytes, of which a pod of Kubeflow takes {MAX_BYTES:,}"
         raise ConfigError(message, "shorten its longest list, such as the choices in tune.space")
-    return {"params": text}
+    return {"preset": "", "params": text}
 
 
 @contextlib.contextmanager

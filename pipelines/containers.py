@@ -55,8 +55,10 @@ def run(overrides: list[str], *, until: str = "") -> int:
     project.require_installed("--engine docker", "docker", "kfp")
     dvcfile.render(load(folder / project.PARAMS, overrides))  # what is wrong is said before a file is written
     with project.held(folder), sockets.terminated(), sockets.service() as client:
-        params = project.configure(folder, [*overrides, *local.model_of_new_source(folder, overrides)])
-        return _run(client, params, until)
+        words = [*overrides, *local.model_of_new_source(folder, overrides)]
+        # Nor is one written with images that are not there, or with credentials that would be shown.
+        sandbox.pin_images(client, _pipeline(load(folder / project.PARAMS, words))[0])
+        return _run(client, project.configure(folder, words), until)
 
 
 def _run(client: DockerClient, params: Params, until: str) -> int:
@@ -80,6 +82,7 @@ def _run(client: DockerClient, params: Params, until: str) -> int:
     if "raw" in stages:
         _write_raw(board, source)
         if until == "raw":
+            print(f"  Stopped after raw, as asked: {dvcfile.raw_file(source)}")
             return EXIT_OK
     with sandbox.options(client, params, folder) as options:
         chain = Chain(folder, options, until, images)
@@ -87,6 +90,7 @@ def _run(client: DockerClient, params: Params, until: str) -> int:
     if chain.signal or chain.failed or chain.error:
         return _explain(chain, tail if board.live else [], [stage for stage in stages if stage not in board.ran])
     if until:
+        print(f"  Stopped after {until}, as asked: {folder}")
         return EXIT_OK
     if chain.proceed == "false":
         print(f"  {paint('Up to date', 'bold', 'green')}: there is nothing new to train on.")

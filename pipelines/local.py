@@ -66,6 +66,8 @@ def _run(folder: Path, overrides: list[str], force: bool, only: list[str], lock:
     if code or only:
         if not code and not board.ran:
             print(f"  {paint('Up to date', 'bold', 'green')}: nothing has changed, no stage was run.")
+        elif not code:
+            print(f"  Stopped after {only[-1]}, as asked.")
         return code
     champion = present_champion(params)
     for line in screen.last_screen(folder, paint, time.monotonic() - started, len(board.ran), champion=champion):

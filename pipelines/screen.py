@@ -339,21 +339,26 @@ def last_screen(
                        ("evaluation/report.html", "the whole run on a page")):  # fmt: skip
         lines.append(f"    {paint(f'{out}/{path}', 'cyan'):<{width}}  {what}")
     task = (read_json(made / "dataset" / "manifest.json").get("meta") or {}).get("task", "classify")
-    return [*lines, "", f"  {paint('Next', 'bold')}", *_next(made, promotion, str(task))]
+    return [
+        *lines,
+        "",
+        f"  {paint('Next', 'bold')}",
+        *_next(made, promotion, str(task), "run" if out == OUT else "run --engine docker"),
+    ]
 
 
-def _next(out: Path, promotion: Mapping[str, Any], task: str) -> list[str]:
-    """Commands that help after this decision."""
+def _next(out: Path, promotion: Mapping[str, Any], task: str, run: str) -> list[str]:
+    """Commands that help after this decision; `run` is the one that made it."""
     ask = {"classify": '"some text"', "lm": '"def main("'}.get(task, "--file pictures.txt")
     named = f"{promotion.get('model')} {promotion.get('version')}"
-    steps = [(f"predict {ask}", ""), ("report --open", ""), ("registry ls", ""), ("run train.epochs=12", "")]
+    steps = [(f"predict {ask}", ""), ("report --open", ""), ("registry ls", ""), (f"{run} train.epochs=12", "")]
     if promotion.get("decision") != "promoted":
         searched = read_json(out / "tuning" / "best.json").get("params", True)
         steps = [
             ("report --open", "where it errs"),
-            ("run tune.trials=20", "a wider search")
+            (f"{run} tune.trials=20", "a wider search")
             if searched
-            else ("run tune.enabled=true tune.trials=20", "a search"),
+            else (f"{run} tune.enabled=true tune.trials=20", "a search"),
             (f"registry promote {named}", "take it anyway"),
         ]
     name = program()

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 VARIABLE = "DOCKER_HOST"
 _START_S = 20.0
+# `kill -9` runs no clean-up: then the kernel ends the service.
+_DIES_WITH_US = ("setpriv", "--pdeathsig", "TERM")
 _HERE = ("localhost", "127.0.0.1", "::1")
 _FIX = "start Docker or podman (for podman: `systemctl --user start podman.socket`), or set DOCKER_HOST"
 
@@ -129,7 +131,7 @@ def _own_podman() -> Iterator[str]:
         # A session of its own: the terminal's Ctrl-C is for us, and the service is needed to clean up after it.
         with open(errors, "wb") as log:
             process = subprocess.Popen(
-                [podman, "system", "service", "--time=0", f"unix://{path}"],
+                [*(_DIES_WITH_US if shutil.which("setpriv") else ()), podman, "system", "service", "--time=0", f"unix://{path}"],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         try:

@@ -15,12 +15,15 @@ NAME = "millrace"
 HELP = "Raw data in, a tuned, trained, distilled, quantised, evaluated and promoted model out."
 
 
-def training(config: Params) -> Any:
-    """The pipeline, with images, rights and retries as params.yaml's `cluster` says; all else is a pipeline input."""
+def training(config: Params, form: dict[str, Any]) -> Any:
+    """The pipeline, with images, rights and retries as params.yaml's `cluster` says; all else is a pipeline input.
+
+    `form` has the defaults of the inputs `preset` and `params`, one of which is empty.
+    """
     made = components(config)
 
     def pipeline(
-        preset: str = "text-classify", params: str = "", data: str = "", overrides: str = "", trials: int = 0,
+        preset: str = form["preset"], params: str = form["params"], data: str = "", overrides: str = "", trials: int = 0,
         nodes: int = 1, gpus_per_node: int = config.cluster.gpus_per_node, store: str = config.cluster.store,
         registry: str = "", only_if_new: bool = False,
     ) -> None:  # fmt: skip

@@ -166,6 +166,8 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Params:
     text, preset, source, registry = (
         str(values.get(name) or "").strip() for name in ("params", "preset", "data", "registry")
     )
+    if preset and text:
+        raise ConfigError("parameters preset and params: both are given", "clear the one that is not to be used")
     preset = preset or presets.DEFAULT
     where = "parameter params" if text else f"preset {preset}"
     tree = parse_yaml(text or presets.text(preset), where)

@@ -230,3 +230,11 @@ def test_arguments_carry_the_whole_configuration():
     )
     found = configure.resolve(compiler.arguments(params))
     assert found.model_dump(exclude={"cluster"}) == params.model_dump(exclude={"cluster"})
+    inputs = compiler.spec(params)["root"]["inputDefinitions"]["parameters"]
+    assert {key: inputs[key]["defaultValue"] for key in ("preset", "params")} == compiler.arguments(params)
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_a_preset_is_carried_by_its_name(name):
+    params = validate(parse_yaml(presets.text(name), name) | {"cluster": {"retries": 0}})
+    assert compiler.arguments(params) == {"preset": name, "params": ""}

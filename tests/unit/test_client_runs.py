@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import io
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipelines import client, compiler, kfp_api, runview
 from pipelines.cli import main
@@ -357,3 +359,20 @@ def test_a_terminal_is_redrawn_in_place(
     assert "run RUNNING" in frames[1]
     assert "run SUCCEEDED" not in frames[-1], "that line is the command's"
     assert screen.getvalue().endswith("\x1b[?25h")
+
+
+@pytest.mark.parametrize("words", [["submit", "--no-wait"], ["schedule", "--cron", "@daily"]])
+def test_data_of_this_machine_is_refused_before_anything_is_sent(
+    words: list[str], server: KfpServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("rows.csv").write_text("text,label\na,b\n", encoding="utf-8")
+    assert main([*words, "data.source=rows.csv", "promote.registry=s3://bucket/registry"]) == 2
+    assert "data.source: rows.csv is of this machine" in capsys.readouterr().err
+    assert server.requests == []
+
+
+def test_a_compiled_project_runs_as_the_project_when_it_is_started_by_hand(server: KfpServer, tmp_path: Path) -> None:
+    assert main(["compile", "-o", "p.yaml", "train.epochs=3"]) == 0
+    inputs = next(yaml.safe_load_all((tmp_path / "p.yaml").read_text()))["root"]["inputDefinitions"]["parameters"]
+    assert inputs["preset"]["defaultValue"] == ""
+    assert json.loads(inputs["params"]["defaultValue"])["train"] == {"epochs": 3}

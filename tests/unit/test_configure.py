@@ -26,7 +26,8 @@ def data(tmp_path, monkeypatch) -> Path:
 def given(folder: Path, **values) -> str:
     """As the backend gives it, whole numbers as floats."""
     return json.dumps({
-        "inputs": {"parameterValues": {"preset": "text-classify", "trials": 0.0, "nodes": 1.0, **values}},
+        "inputs": {"parameterValues": {"preset": "" if values.get("params") else "text-classify", "trials": 0.0,
+                                       "nodes": 1.0, **values}},
         "outputs": {
             "parameters": {"proceed": {"outputFile": "/tmp/kfp/outputs/proceed"}},
             "artifacts": {"summary": {"artifacts": [{"name": "summary", "type": {"schemaTitle": "system.Markdown"},
@@ -67,7 +68,7 @@ def test_the_data_version_is_the_one_that_preprocess_will_find(data, tmp_path):
 
 RESOLVED = {
     "a preset": ({"preset": "digits"}, lambda p: p.task.name == "image"),
-    "params instead of a preset": ({"preset": "digits", "params": "train: {epochs: 7}"}, lambda p: p.train.epochs == 7),
+    "params instead of a preset": ({"preset": "", "params": "train: {epochs: 7}"}, lambda p: p.train.epochs == 7),
     "JSON": ({"params": '{"train": {"epochs": 7}}'}, lambda p: p.train.epochs == 7),
     "data": ({"data": "s3://b/reviews.csv"}, lambda p: (p.data.source, p.promote.model) == ("s3://b/reviews.csv", "reviews")),
     "data of the preset": ({"data": "builtin:stdlib-functions"}, lambda p: p.promote.model == "text-classify"),
@@ -93,7 +94,8 @@ def test_the_run_form(case):
 
 WRONG = {
     "preset": ({"preset": "text-clasify"}, "did you mean 'text-classify'"),
-    "params": ({"params": "[1]"}, "parameter params"),
+    "params": ({"preset": "", "params": "[1]"}, "parameter params"),
+    "both": ({"preset": "digits", "params": "train: {epochs: 7}"}, "preset and params"),
     "a section that is none": ({"params": "data: 3", "data": "rows.csv"}, "data"),
     "a key": ({"params": "train: {epoch: 3}"}, "train.epoch"),
     "an override": ({"overrides": "train.epoch=3"}, "train.epoch"),

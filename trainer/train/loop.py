@@ -71,11 +71,16 @@ class Loop:
         # As many as one process would make: more of them must not mean more epochs.
         epochs = max(self.train.epochs, math.ceil(self.train.min_steps / max(math.ceil(examples / alone), 1)))
         self.total = self.train.max_steps or epochs * math.ceil(examples / block)
+        self._more_epochs = epochs if epochs > self.train.epochs and not self.train.max_steps else 0
 
     # -- the run ----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Train to the end, from the state that `resume` has set or from the beginning."""
+        if self._more_epochs:
+            rows, least = self.task.num_examples("train"), self.train.min_steps
+            why = f"{rows:,} rows are few, and train.min_steps is {least}"
+            log.say(f"{self.what}: {self._more_epochs} epochs instead of {self.train.epochs}: {why}")
         with self._shown:
             while True:
                 if self._evaluation_due():
