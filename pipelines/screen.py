@@ -100,7 +100,7 @@ class Board:
             self._print(text if not stage or text.startswith(f"{stage}: ") else f"{stage}: {text}")
             return
         found = _PROGRESS.match(text)
-        if found and int(found["total"]):
+        if found and int(found["total"]) and found["what"] != "step":  # a step of a trial moves no bar of trials
             self._share = min(int(found["done"]) / int(found["total"]), 1.0)
             text = found["note"].lstrip(": ") or f"{found['done']}/{found['total']}"
         self._note = text

@@ -54,6 +54,15 @@ def test_progress_of_a_stage_becomes_a_bar(terminal: Terminal) -> None:
     assert any("━━━━────────────" in row and "25%" in row and "loss 0.5" in row for row in rows(terminal))
 
 
+def test_steps_of_a_trial_do_not_move_the_bar_of_the_search(terminal: Terminal) -> None:
+    board = screen.Board(["tune"], terminal)
+    board.start("tune")
+    board.line("tune", "trial 2/4: val_accuracy=0.7")
+    board.line("tune", "step 9/10 loss=0.1")
+    assert " 50%" in terminal.getvalue().split("\r")[-1]
+    assert "9/10" in terminal.getvalue().split("\r")[-1]
+
+
 def test_the_cursor_comes_back(terminal: Terminal) -> None:
     play(screen.Board(["train"], terminal))
     written = terminal.getvalue()

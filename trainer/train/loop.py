@@ -62,7 +62,8 @@ class Loop:
         self.best: dict[str, Tensor] = {}
         self._set_block(self.train.batch_size * self.train.accumulation * ranks.size)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-        self._shown = log.Progress(what, self.total)
+        # A trial is a part of a search, whose own progress is counted in trials.
+        self._shown = log.Progress("step" if what == "trial" else what, self.total)
 
     def _set_block(self, block: int) -> None:
         """Fix the examples of a step over all ranks, and with them the number of steps."""
