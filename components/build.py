@@ -30,7 +30,7 @@ FOUND = {
 }
 # The pipeline's inputs: name -> type, default and help, in the order of the run form.
 RUN_FORM: dict[str, tuple[type, Any, str]] = {
-    "preset": (str, "text-classify", "a complete configuration by its name: text-classify, code-lm, ...; empty if `params` is given"),
+    "preset": (str, "text-classify", "a complete configuration by its name: text-classify, code-lm; empty if `params` is given"),
     "params": (str, "", "a complete configuration as the text of a params.yaml; empty if `preset` is given"),
     "data": (str, "", "raw data in place of the configuration's: s3://..., dvc:REPO@REV:PATH, builtin:NAME or a mounted path"),
     "overrides": (str, "", "changes to it, such as train.lr=1e-3 tune.trials=20; they win over all other inputs"),
