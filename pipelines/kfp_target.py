@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,9 +104,10 @@ def _address(host: str) -> str:
     except ValueError:
         bad = True
     if bad:
+        # `localhost:8080` reads as a scheme and a path.
+        likely = f"http://{host}" if re.fullmatch(r"[\w.-]+:\d+", host) else "http://localhost:8080"
         raise ConfigError(
-            f"--host {host}: is not an address",
-            "such as http://localhost:8080 or https://kubeflow.example.com/pipeline",
+            f"host {host}: is not an address", f"such as {likely} or https://kubeflow.example.com/pipeline"
         )
     if "@" in parts.netloc:
         raise ConfigError(f"--host {host}: holds a user or password", LOGIN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import importlib
 import os
 import re
@@ -213,7 +214,13 @@ def new(folder: Path, data: Path, text: str, label: str, preset: str, overrides:
         with storage.explained(folder):
             storage.remove(aside)
             _make_folder(aside, folder)
-            _build(aside, data, place, edit(content, tree))
+            # What a preset says of its own data is not true of this one.
+            head, _, body = edit(content, tree).partition("\n\n")
+            about = f"# {params.promote.model}: made by `millrace new` from {json.dumps(data.name)} and the preset {preset}.\n"
+            about += (
+                "# `millrace config` lists every key with its type and bounds; any can be given on the command line.\n"
+            )
+            _build(aside, data, place, f"{about}\n{body}" if head.startswith("#") else f"{about}\n{head}\n\n{body}")
             if existed:
                 for path in sorted(
                     aside.iterdir(), key=lambda path: path.name == PARAMS

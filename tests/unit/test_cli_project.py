@@ -212,6 +212,9 @@ def test_new_makes_a_whole_project(in_folder: Path, capsys: pytest.CaptureFixtur
     params = load(folder / "params.yaml")
     assert (params.data.source, params.data.text, params.data.label) == ("data/my rows.csv", "body", "stars")
     assert params.train.lr == 0.5
+    first = (folder / "params.yaml").read_text(encoding="utf-8").splitlines()[0]
+    assert "my rows.csv" in first
+    assert "standard library" not in first
     assert (folder / "data" / "my rows.csv").read_bytes() == data.read_bytes()
     tracked = yaml.safe_load((folder / "data" / "my rows.csv.dvc").read_text(encoding="utf-8"))
     assert tracked["outs"][0]["path"] == "my rows.csv"
