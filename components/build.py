@@ -30,9 +30,17 @@ FOUND = {
 }
 # The pipeline's inputs: name -> type, default and help, in the order of the run form.
 RUN_FORM: dict[str, tuple[type, Any, str]] = {
-    "preset": (str, "text-classify", "a complete configuration by its name: text-classify, code-lm; empty if `params` is given"),
+    "preset": (
+        str,
+        "text-classify",
+        "a complete configuration by its name: text-classify, code-lm; empty if `params` is given",
+    ),
     "params": (str, "", "a complete configuration as the text of a params.yaml; empty if `preset` is given"),
-    "data": (str, "", "raw data in place of the configuration's: s3://..., dvc:REPO@REV:PATH, builtin:NAME or a mounted path"),
+    "data": (
+        str,
+        "",
+        "raw data in place of the configuration's: s3://..., dvc:REPO@REV:PATH, builtin:NAME or a mounted path",
+    ),
     "overrides": (str, "", "changes to it, such as train.lr=1e-3 tune.trials=20; they win over all other inputs"),
     "trials": (int, 0, "trials of the search; 0 keeps tune.trials"),
     "nodes": (int, 1, "nodes to train on"),
@@ -43,7 +51,11 @@ RUN_FORM: dict[str, tuple[type, Any, str]] = {
         "URI or mounted path where large artifacts go by reference; empty sends them through KFP's own store",
     ),
     "registry": (str, "", "URI or mounted path of the model registry, as promote.registry"),
-    "only_if_new": (bool, False, "end early, successfully, if the champion was trained on the same version of the data"),
+    "only_if_new": (
+        bool,
+        False,
+        "end early, successfully, if the champion was trained on the same version of the data",
+    ),
 }
 
 

@@ -7,7 +7,6 @@ import io
 import logging
 import os
 import queue
-import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ import yaml
 from pipelines import docker_runner, kfp_local
 from pipelines.docker_runner import STAGE_LABEL, RunContainer, Task
 from pipelines.engine import Event
+from trainer import signals
 from trainer.errors import MillraceError
 from trainer.stage import STAGES
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 # How long a stage may take to end after a signal. Nothing goes on from what it leaves, so it is not long.
 GRACE_S = 10
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class _Stop(BaseException):
@@ -73,7 +72,7 @@ class Chain:
         """Run the pipeline and give its events; after the last one no container of the run is left."""
         worker = threading.Thread(target=self._work, args=(spec, arguments), name="kfp", daemon=True)
         stopper = threading.Thread(target=self._stop_containers, args=(worker,), name="stop", daemon=True)
-        with self._signals_caught():
+        with signals.caught(self._on_signal, *signals.END):
             worker.start()
             stopper.start()
             try:
@@ -170,15 +169,6 @@ class Chain:
             raise _Stop
 
     # Signals
-
-    @contextlib.contextmanager
-    def _signals_caught(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal:

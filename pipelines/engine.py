@@ -17,6 +17,7 @@ from types import FrameType
 from typing import IO, TYPE_CHECKING
 
 from pipelines.project import environment
+from trainer import signals
 from trainer.errors import EXIT_BAD_INPUT
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class Repro:
     def run(self, on_event: Callable[[Event], None], tick_s: float = 0.0) -> int:
         """Run it and hand each event to `on_event`; with `tick_s`, a tick at least so often. Returns `exit_code`."""
         command = [sys.executable, "-m", "dvc", "repro", *self.words]
-        with self._signals_caught():
+        with signals.caught(self._on_signal, *signals.END):
             # A session of its own: the terminal's Ctrl-C reaches only us, and we pass it on in an order that lets
             # the stage save its state before DVC gives up.
             self._process = subprocess.Popen(
@@ -166,16 +167,6 @@ class Repro:
             yield buffer.decode(errors="replace")
 
     # Signals
-
-    @contextlib.contextmanager
-    def _signals_caught(self) -> Iterator[None]:
-        caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, self._on_signal) for number in caught}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal and number == signal.SIGINT:

@@ -13,10 +13,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import FrameType
 
-from trainer import log
+from trainer import log, signals
 from trainer.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 
 # Somebody asked for these: an end to respect.
@@ -33,7 +33,7 @@ def supervise(words: Sequence[str], retries: int, backoff_s: float) -> int:
         backoff_s: seconds before the first retry; twice as long before each further one.
     """
     supervisor = _Supervisor(list(words))
-    with supervisor.signals_passed_on():
+    with signals.caught(supervisor.on_signal, signal.SIGTERM, signal.SIGINT):
         for attempt in range(retries + 1):
             status = supervisor.run()
             if status < 128 or status in _ASKED or supervisor.stopped.is_set() or attempt == retries:
@@ -80,17 +80,7 @@ class _Supervisor:
                 os.killpg(self._child.pid, signal.SIGKILL)
         return 128 - status if status < 0 else status
 
-    @contextlib.contextmanager
-    def signals_passed_on(self) -> Iterator[None]:
-        """While in here, SIGTERM and SIGINT go to the child, and end the attempts."""
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stopped.set()
         self._pass_on(number)
 

@@ -17,6 +17,7 @@ from pipelines import client, cron, kfp_api, kfp_target, schedule
 from pipelines.cli import main
 from pipelines.kfp_api import Api, KfpError
 from pipelines.kfp_target import Target, target
+from tests.kfp_alone import alone
 from tests.kfp_server import KfpServer
 from trainer.errors import ConfigError
 
@@ -31,13 +32,7 @@ TINY = {
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
-    for name in [
-        name for name in os.environ if name.startswith(("MILLRACE_KFP", "KUBERNETES_SERVICE", "KF_PIPELINES"))
-    ]:
-        monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kfp_api, "BACKOFF_S", 0.001)
-    monkeypatch.setattr(client, "POLL_S", 0.01)
+    alone(tmp_path, monkeypatch)
     with KfpServer() as found:
         yield found
 

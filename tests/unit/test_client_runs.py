@@ -20,6 +20,7 @@ import yaml
 from pipelines import client, compiler, kfp_api, runview
 from pipelines.cli import main
 from pipelines.kfp_target import Target
+from tests.kfp_alone import alone
 from tests.kfp_nodes import pod_of
 from tests.kfp_server import KfpServer
 from trainer.config.load import load
@@ -34,13 +35,7 @@ FAILED = {"configure": "done", "preprocess": "done", "train": "failed", "finish"
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
-    for name in [
-        name for name in os.environ if name.startswith(("MILLRACE_KFP", "KUBERNETES_SERVICE", "KF_PIPELINES"))
-    ]:
-        monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kfp_api, "BACKOFF_S", 0.01)
-    monkeypatch.setattr(client, "POLL_S", 0.02)
+    alone(tmp_path, monkeypatch)
     with KfpServer() as found:
         monkeypatch.setenv("MILLRACE_KFP_HOST", found.url)
         yield found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from pipelines import cron, kfp_api, schedule
 from pipelines.cli import main
 from pipelines.kfp_target import Target
+from tests.kfp_alone import alone
 from tests.kfp_server import KfpServer
 from trainer.errors import ConfigError
 
@@ -29,12 +29,7 @@ REMOTE = "promote.registry=s3://bucket/registry"
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
-    for name in [
-        name for name in os.environ if name.startswith(("MILLRACE_KFP", "KUBERNETES_SERVICE", "KF_PIPELINES"))
-    ]:
-        monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kfp_api, "BACKOFF_S", 0.001)
+    alone(tmp_path, monkeypatch)
     with KfpServer() as found:
         monkeypatch.setenv("MILLRACE_KFP_HOST", found.url)
         yield found
