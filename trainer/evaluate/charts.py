@@ -139,14 +139,19 @@ def differences(rows: Sequence[tuple[str, Mapping[str, float]]], unit: str, scal
     return _svg(f"differences with confidence intervals, {unit}", parts, WIDTH, height)
 
 
+_MATRIX_WIDTH = 728
+
+
 def confusion(matrix: np.ndarray, names: Sequence[str]) -> str:
     """Counts of actual (rows) against predicted labels (columns), shaded by their share of the row.
 
     It keeps a size at which its text can be read, and is scrolled where the page is narrower.
     """
-    cell = 30 if len(names) <= 15 else 19
     longest = min(max(len(name) for name in names), 22)
     left = 14 + int(6.6 * longest)
+    # Two thirds of a wide page, as long as two digits fit into a cell.
+    fitting = (_MATRIX_WIDTH - left - int(3.8 * longest)) // len(names)
+    cell = max(15, min(30 if len(names) <= 15 else 19, fitting))
     top = 14 + int(6.6 * longest * 0.87)
     width, height = left + cell * len(names) + int(3.8 * longest), top + cell * len(names) + 8
     totals = np.maximum(matrix.sum(axis=1), 1)
