@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -89,16 +88,15 @@ def start(engine: Any) -> Iterator[Callable[..., Any]]:
 def run(start: Callable[..., Any]) -> Callable[..., Done]:
     """Run a container to its end and give its exit code and output; `folder` is mounted at its own path."""
 
-    def run(image: str, *words: str, folder: Path | None = None, deadline_s: int = 240, **options: Any) -> Done:
+    def run(
+        image: str, *words: str, folder: Path | None = None, deadline_s: int = 240, stderr: bool = True, **options: Any
+    ) -> Done:
         if folder is not None:
             options["volumes"] = {str(folder): {"bind": str(folder), "mode": "rw"}}
         container = start(image, *words, **options)
-        code = container.wait(timeout=deadline_s)["StatusCode"]
-        # Podman may say that a container has ended before the last of its output is in its log.
-        deadline = time.monotonic() + 5
-        while not (text := container.logs().decode(errors="replace")) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        return Done(code, text)
+        # Followed to its end, so that nothing is missed that is written to the log after the container has ended.
+        text = b"".join(container.logs(stream=True, follow=True, stderr=stderr)).decode(errors="replace")
+        return Done(container.wait(timeout=deadline_s)["StatusCode"], text)
 
     return run
 
@@ -108,8 +106,9 @@ def python(run: Callable[..., Done]) -> Callable[..., Any]:
     """Run a program in an image's Python and give what it prints, read as JSON."""
 
     def python(image: str, program: str, **options: Any) -> Any:
-        done = run(image, "-c", program, entrypoint=["python"], **options)
-        assert done.code == 0, done.text
+        # Libraries warn on stderr, now and then.
+        done = run(image, "-c", program, entrypoint=["python"], stderr=False, **options)
+        assert done.code == 0, f"{image}: {program}"
         return json.loads(done.text)
 
     return python
