@@ -9,35 +9,18 @@ alternate, so that a busy machine is equally unfair to both; medians are reporte
 
 from __future__ import annotations
 
-import csv
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from stage_overhead import RUNS, make_rows, process
+
 from trainer import __version__
 
-RUNS = 7
 IMAGE = f"millrace/data:{__version__}"
 WORDS = ["preprocess", "data.tokenizer.vocab_size=300"]
-
-
-def make_rows(path: Path) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        writer.writerows([f"the {i}th text of {'many' if i % 2 else 'few'} words", i % 2] for i in range(200))
-
-
-def process(source: Path, folder: Path) -> float:
-    """Seconds of the stage as a process, from start to exit."""
-    command = [sys.executable, "-m", "trainer", *WORDS, f"data.source={source}", "--out", f"dataset={folder}"]
-    start = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
-    return time.perf_counter() - start
 
 
 def container(engine: Any, source: Path, folder: Path) -> float:

@@ -148,7 +148,7 @@ class Chain:
 
     def _unresolved(self, name: str) -> NoReturn:
         message = f"kfp.local does not find {name}, on which a part of the pipeline depends"
-        self.error = MillraceError(message, "install kfp>=2.17,<2.18")
+        self.error = MillraceError(message, kfp_local.SUPPORTED)
         raise _Stop
 
     def _ended(self, task: Task, code: int) -> None:

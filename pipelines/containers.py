@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import json
-import re
 import secrets
 import subprocess
 import sys
@@ -24,15 +23,13 @@ from pipelines.engine import Event
 from trainer import storage
 from trainer.config import Params
 from trainer.config.load import load
-from trainer.errors import EXIT_CODES, EXIT_OK, EXIT_REFUSED, ConfigError, MillraceError, redact
+from trainer.errors import EXIT_OK, EXIT_REFUSED, ConfigError, MillraceError, redact
 
 if TYPE_CHECKING:
     from docker import DockerClient
 
 LATEST = f"{CONTAINERS}/latest"
 LOG = "run.log"
-_TAIL = 12
-_ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # Placeholders that kfp.local does not know: it would stop at them.
 _SCHEDULED = "{{$.pipeline_job_schedule_time_utc}}"
 _CREATED = "{{$.pipeline_job_create_time_utc}}"
@@ -56,16 +53,24 @@ def run(overrides: list[str], *, until: str = "") -> int:
     dvcfile.render(load(folder / project.PARAMS, overrides))  # what is wrong is said before a file is written
     with project.held(folder), sockets.terminated(), sockets.service() as client:
         words = [*overrides, *local.model_of_new_source(folder, overrides)]
+        params = load(folder / project.PARAMS, words)
         # Nor is one written with images that are not there, or with credentials that would be shown.
-        sandbox.pin_images(client, _pipeline(load(folder / project.PARAMS, words))[0])
-        return _run(client, project.configure(folder, words), until)
+        spec, arguments = _pipeline(params)
+        images = sandbox.pin_images(client, spec)
+        project.configure(folder, words)
+        return _run(client, params, spec, arguments, images, until)
 
 
-def _run(client: DockerClient, params: Params, until: str) -> int:
+def _run(
+    client: DockerClient,
+    params: Params,
+    spec: dict[str, Any],
+    arguments: dict[str, Any],
+    images: dict[str, str],
+    until: str,
+) -> int:
     started = time.monotonic()
     removed = docker_runner.remove_leftovers(client)
-    spec, arguments = _pipeline(params)
-    images = sandbox.pin_images(client, spec)
     stages = stages_of(spec)
     source = params.data.source
     if source.startswith(dvcfile.BUILTIN):
@@ -95,7 +100,7 @@ def _run(client: DockerClient, params: Params, until: str) -> int:
     if chain.proceed == "false":
         print(f"  {paint('Up to date', 'bold', 'green')}: there is nothing new to train on.")
         return EXIT_OK
-    promotion = screen.read_json(folder / "promotion" / "promotion.json")
+    promotion = storage.read_json(folder / "promotion" / "promotion.json")
     if not promotion:
         raise MillraceError(f"{folder}: the run ended without a decision", f"see {folder / LOG}")
     _point_latest(folder)
@@ -165,7 +170,7 @@ def _follow(
     hide: list[str],
 ) -> list[str]:
     """Run the chain, show it on the board and log it; returns the last lines of the last stage."""
-    tail: collections.deque[str] = collections.deque(maxlen=_TAIL)
+    tail: collections.deque[str] = collections.deque(maxlen=screen.TAIL)
     with open(chain.folder / LOG, "w", encoding="utf-8", buffering=1) as log:
         try:
             for event in chain.run(client, spec, arguments):
@@ -181,7 +186,7 @@ def _follow(
 def _hidden(text: str, values: list[str]) -> str:
     for value in values:
         text = text.replace(value, "***")
-    return redact(_ESCAPES.sub("", text))
+    return redact(screen.ESCAPES.sub("", text))
 
 
 def _show(event: Event, text: str, board: screen.Board, tail: collections.deque[str], chain: Chain) -> None:
@@ -216,8 +221,7 @@ def _explain(chain: Chain, tail: list[str], rest: list[str]) -> int:
         assert chain.error is not None
         raise chain.error
     stage, code = chain.failed
-    meaning = EXIT_CODES.get(code, f"ended by signal {code - 128}" if code > 128 else "failed")
-    say(f"\n{paint(f'stage {stage} ended with exit code {code}', 'bold', 'red')}: {meaning}\n")
+    say(screen.ended(paint, stage, code))
     if rest:
         say(f"  not started: {', '.join(rest)}\n")
     say(f"  its output: {chain.folder / LOG}\n")

@@ -16,7 +16,7 @@ from typing import Any
 from pipelines import reference, screen
 from pipelines.cli import build_parser
 from pipelines.dvcfile import OUT
-from trainer import presets
+from trainer import presets, storage
 from trainer.__main__ import build_parser as build_stage_parser
 from trainer.config import Params
 from trainer.errors import EXIT_CODES, ConfigError
@@ -127,7 +127,7 @@ PAGES = {"docs/configuration.md": configuration, "docs/cli.md": cli}
 def main(words: list[str]) -> int:
     """Entry point of `python -m pipelines.docs`."""
     if words == ["--results"]:
-        print(results(screen.read_json(Path(OUT) / "evaluation" / "metrics.json")))
+        print(results(storage.read_json(Path(OUT) / "evaluation" / "metrics.json")))
         return 0
     stale = [name for name, page in PAGES.items() if not _is(ROOT / name, page())]
     if words == ["--check"] and stale:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from pipelines.docker_runner import RunContainer, run_container
 from trainer.errors import MillraceError
 
-_SUPPORTED = "install kfp>=2.17,<2.18"
+SUPPORTED = "install kfp>=2.17,<2.18"
 _CHANNEL = "pipelinechannel--"
 
 
@@ -49,7 +49,7 @@ def containers_by(run: Callable[[RunContainer, dict[str, Any]], int]) -> Iterato
     if upstream is None:
         import kfp
 
-        raise MillraceError(f"kfp {kfp.__version__} runs containers in another way", _SUPPORTED)
+        raise MillraceError(f"kfp {kfp.__version__} runs containers in another way", SUPPORTED)
     function = upstream if upstream_is_fixed(upstream) else run_container
     docker_task_handler.run_docker_container = lambda **words: run(function, words)
     try:

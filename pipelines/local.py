@@ -17,11 +17,10 @@ from trainer import storage
 from trainer.config import Params
 from trainer.config.load import load, parse_override, read_tree
 from trainer.data.naming import model_name
-from trainer.errors import EXIT_CODES, EXIT_OK, EXIT_REFUSED, StorageError, redact
+from trainer.errors import EXIT_OK, EXIT_REFUSED, StorageError, redact
 from trainer.registry import Registry
 
 LOG = f"{OUT}/run.log"
-_TAIL = 12
 
 
 def run(overrides: list[str], *, force: bool = False, only: list[str] | None = None) -> int:
@@ -73,13 +72,13 @@ def _run(folder: Path, overrides: list[str], force: bool, only: list[str], lock:
     for line in screen.last_screen(folder, paint, time.monotonic() - started, len(board.ran), champion=champion):
         print(line)
     sys.stdout.flush()
-    promotion = screen.read_json(folder / OUT / "promotion" / "promotion.json")
+    promotion = storage.read_json(folder / OUT / "promotion" / "promotion.json")
     return EXIT_OK if promotion.get("decision") == "promoted" else EXIT_REFUSED
 
 
 def _repro(repro: Repro, board: screen.Board) -> int:
     """One `dvc repro`, shown on the board and logged; returns its exit status after telling why it failed."""
-    tail: collections.deque[str] = collections.deque(maxlen=_TAIL)
+    tail: collections.deque[str] = collections.deque(maxlen=screen.TAIL)
     path = repro.folder / LOG
     path.parent.mkdir(exist_ok=True)
     failed: list[str] = []
@@ -129,8 +128,7 @@ def _explain(code: int, failed: list[str], tail: list[str], errors: list[str], r
     if repro.busy:
         say("  fix: another `millrace run` or dvc command works in this folder; wait for it to end\n")
     if failed:
-        meaning = EXIT_CODES.get(code, f"ended by signal {code - 128}" if code > 128 else "failed")
-        say(f"\n{paint(f'stage {failed[0]} ended with exit code {code}', 'bold', 'red')}: {meaning}\n")
+        say(screen.ended(paint, failed[0], code))
         say(f"  its output: {LOG}; after the fix, the same command goes on where it stopped\n")
 
 
@@ -140,7 +138,7 @@ def champion_moved(params: Params) -> bool:
     It is after a rollback, when somebody else promoted, or when the registry was deleted. The candidate is then judged
     again, against the champion of today.
     """
-    verdict = screen.read_json(Path(OUT) / "promotion" / "promotion.json")
+    verdict = storage.read_json(Path(OUT) / "promotion" / "promotion.json")
     if (verdict.get("registry"), verdict.get("model")) != (params.promote.registry, params.promote.model):
         return False
     try:

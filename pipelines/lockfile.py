@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import dvcfile, project
-from pipelines.screen import read_json
 from trainer import storage
 from trainer.config import Params
 from trainer.config.load import apply_overrides, validate, with_values
@@ -59,7 +58,7 @@ def drop_untrue(folder: Path, params: Params, stages: Iterable[str]) -> list[str
 def _true(folder: Path, params: Params, name: str, entries: Mapping[str, Any]) -> bool:
     """Whether a stage's record holds the parameters of its entry in dvc.lock."""
     stage, entry = STAGES[name], entries[name]
-    found = read_json(folder / dvcfile.out(next(iter(stage.outputs))) / storage.MANIFEST).get("record") or {}
+    found = storage.read_json(folder / dvcfile.out(next(iter(stage.outputs))) / storage.MANIFEST).get("record") or {}
     if not found:
         return True  # a stage that failed; DVC has removed its output
     sections = (entry.get("params") or {}).get(project.PARAMS) or {}
@@ -69,7 +68,7 @@ def _true(folder: Path, params: Params, name: str, entries: Mapping[str, Any]) -
         own = {section: sections.get(section) or {} for section in stage.sections}
         expected = validate(apply_overrides(params.model_dump(mode="json") | own, words))
         if name == "train":
-            best = read_json(folder / dvcfile.out("tuning") / "best.json").get("params") or {}
+            best = storage.read_json(folder / dvcfile.out("tuning") / "best.json").get("params") or {}
             expected = with_values(expected, best)
     except ConfigError:
         return False

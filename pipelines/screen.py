@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -14,13 +13,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pipelines.dvcfile import OUT
-from trainer.errors import MillraceError
+from trainer.errors import EXIT_CODES, MillraceError
+from trainer.storage import read_json
 
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 _PROGRESS = re.compile(r"^(?P<what>.*?)\s*(?P<done>\d+)/(?P<total>\d+)\b\s*(?P<note>.*)$")
-_ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _NAMES = 12
+# Lines of a failed stage that are shown again below the board.
+TAIL = 12
 # Reasons for which preprocess drops rows, as they are grouped in its line; in fewer groups where it is narrow.
 _KINDS = (
     {"malformed": "malformed", "duplicate": "duplicates", "near_duplicate": "near duplicates"},
@@ -44,6 +46,12 @@ class Paint:
         if not self.on or not styles:
             return text
         return f"\x1b[{';'.join(_STYLES[style] for style in styles)}m{text}\x1b[0m"
+
+
+def ended(paint: Paint, stage: str, code: int) -> str:
+    """The line that names the stage that failed, its exit code and what that means."""
+    meaning = EXIT_CODES.get(code, f"ended by signal {code - 128}" if code > 128 else "failed")
+    return f"\n{paint(f'stage {stage} ended with exit code {code}', 'bold', 'red')}: {meaning}\n"
 
 
 def seconds(value: float) -> str:
@@ -93,7 +101,7 @@ class Board:
 
     def line(self, stage: str, text: str) -> None:
         """The running stage printed a line."""
-        text = _ESCAPES.sub("", text).rstrip()
+        text = ESCAPES.sub("", text).rstrip()
         if not text:
             return
         if not self.live:
@@ -173,15 +181,6 @@ class Board:
     def _write(self, text: str) -> None:
         self.stream.write(text)
         self.stream.flush()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one if the file is not there or is none: a screen must not fail over a figure."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def stage_summary(stage: str, out: Path = Path(OUT), room: int = sys.maxsize) -> str:

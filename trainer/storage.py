@@ -207,6 +207,15 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one if the file is not there or is none: a screen or page must not fail over a figure."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable, after files were created in it or renamed into it."""
     descriptor = os.open(folder, os.O_RDONLY)

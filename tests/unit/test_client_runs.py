@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ import yaml
 from pipelines import client, compiler, kfp_api, runview
 from pipelines.cli import main
 from pipelines.kfp_target import Target
-from tests.kfp_alone import alone
 from tests.kfp_nodes import pod_of
 from tests.kfp_server import KfpServer
 from trainer.config.load import load
@@ -31,15 +29,6 @@ STAGES = ("tune", "train", "distill", "quantize", "evaluate", "promote", "finish
 DONE = {"configure": "done", "preprocess": "cached"} | dict.fromkeys(STAGES, "done")
 NOTHING_NEW = {"configure": "done", "condition-2": "skipped", "finish": "done"}
 FAILED = {"configure": "done", "preprocess": "done", "train": "failed", "finish": "done"}
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
-    alone(tmp_path, monkeypatch)
-    with KfpServer() as found:
-        monkeypatch.setenv("MILLRACE_KFP_HOST", found.url)
-        yield found
-        assert found.problems == []
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ import pytest
 from pipelines import cron, kfp_api, schedule
 from pipelines.cli import main
 from pipelines.kfp_target import Target
-from tests.kfp_alone import alone
 from tests.kfp_server import KfpServer
 from trainer.errors import ConfigError
 
@@ -25,17 +23,6 @@ TINY: dict[str, Any] = {
     "schemaVersion": "2.1.0", "sdkVersion": "kfp-2.17.0",
 }  # fmt: skip
 REMOTE = "promote.registry=s3://bucket/registry"
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
-    alone(tmp_path, monkeypatch)
-    with KfpServer() as found:
-        monkeypatch.setenv("MILLRACE_KFP_HOST", found.url)
-        yield found
-        assert found.problems == []
-        assert found.most_enabled <= 1
-        assert found.killed == []
 
 
 def reconcile(

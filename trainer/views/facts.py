@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from trainer.artifacts import manifest
 from trainer.errors import MillraceError
+from trainer.storage import read_json
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,6 @@ class Told:
     warnings: list[str] = field(default_factory=list)
     next: list[str] = field(default_factory=list)
     outcome: str = "done"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one if the file is not there or is none: a page must not fail over a figure."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def open_manifest(folder: Path) -> manifest.Manifest | None:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.views.facts import open_manifest, read_json
+from trainer.storage import read_json
+from trainer.views.facts import open_manifest
 
 # Whose figures an evaluation holds.
 WHO = ("candidate", "student", "teacher", "baseline", "most_frequent", "xz")
