@@ -7,8 +7,8 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from trainer.config.base import Section
+from trainer.config.job import EnvName, Job
 
-EnvName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 SecretKey = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/[A-Za-z0-9._-]{1,253}$")]
 _QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
 
@@ -63,3 +63,4 @@ class Cluster(Section):
     """Resource name of an accelerator, for pipeline input gpus_per_node."""
     resources: dict[str, Resources] = Field(default={})
     """Stage -> what its container asks for, where that is not the stage's own default."""
+    job: Job = Field(default=Job(), description=Job.__doc__)
