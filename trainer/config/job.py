@@ -19,8 +19,8 @@ LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A
 class Toleration(Section):
     """A taint that the pods of the job put up with."""
 
-    key: str = ""
-    """Key of the taint; empty with operator Exists tolerates all."""
+    key: str
+    """Key of the taint; "" with operator Exists tolerates all."""
     operator: Literal["Exists", "Equal"] = "Exists"
     """Exists takes any value of the key, Equal only `value`."""
     value: str = ""
