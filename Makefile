@@ -17,7 +17,7 @@ DEV := $(call stamp,dev)
 BENCH := $(call stamp,bench)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint bench fault e2e images containers docs lock clean setup
+.PHONY: help run test lint bench fault slow images containers e2e kubeconfig docs golden lock clean setup
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,7 +26,7 @@ run: $(RUN) ## raw data in, a promoted model out, with a report; ARGS="train.epo
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/millrace run $(ARGS)
 
 test: $(DEV) ## the tests, in under 8 minutes on 2 cores; ARGS="-k name" chooses
-	@$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not container" $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not container and not cluster" $(ARGS)
 
 lint: $(DEV) ## format, lint, types, and that generated files are up to date
 	@$(BIN)/ruff format --check --quiet .
@@ -42,8 +42,8 @@ bench: $(BENCH) ## the numbers of the README, each beside its peer
 fault: $(DEV) ## the long fault tests: fifty kills over all stages (the short ones are part of test)
 	@$(BIN)/python -m pytest -n $(JOBS) -m "fault and slow" $(ARGS)
 
-e2e: $(DEV) ## the slow tests: whole presets, the network unplugged
-	@$(BIN)/python -m pytest -m "slow and not fault and not container" $(ARGS)
+slow: $(DEV) ## the slow tests: whole presets, the network unplugged
+	@$(BIN)/python -m pytest -m "slow and not fault and not container and not cluster" $(ARGS)
 
 # docker if its daemon answers, else podman. The names are as Docker and Kubernetes mean `millrace/data:VERSION`.
 CONTAINER ?= $(shell docker info >/dev/null 2>&1 && echo docker || echo podman)
@@ -62,6 +62,17 @@ images: ## build the images; IMAGES="data", BASE=..., REGISTRY=... and BUILD="po
 
 containers: $(DEV) images ## the tests that run in the images, over docker or the socket that DOCKER_HOST names
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m container $(ARGS)
+
+# How an image gets into the cluster: words that the image's name is added to, such as `docker push`. Empty: it is there.
+E2E_LOAD ?=
+
+e2e: kubeconfig $(DEV) images ## the tests on the cluster of KUBECONFIG; E2E_LOAD="kind load docker-image" hands it the images
+	@set -e; $(if $(E2E_LOAD),for name in $(IMAGES); do $(E2E_LOAD) $(REGISTRY)/$$name:$(VERSION); done)
+	@PATH="$(abspath $(BIN)):$$PATH" E2E_IMAGES=$(REGISTRY) $(BIN)/python -m pytest -m cluster $(ARGS)
+
+kubeconfig:
+	@test -n "$(KUBECONFIG)" || { echo "error: KUBECONFIG is not set" >&2; \
+	echo "  fix: name the configuration of a cluster for tests: make e2e KUBECONFIG=~/.kube/config" >&2; exit 2; }
 
 docs: $(DEV) ## regenerate dvc.yaml and the generated pages of docs/
 	@$(BIN)/python -m pipelines.dvcfile
