@@ -1,4 +1,4 @@
-# Starts training jobs and searches on a cluster, and watches them: a Kubernetes client, no torch.
+# Starts training jobs and searches on a cluster, and watches them: no torch, and no kfp.
 # Build it with `make images`; docs/images.md says more.
 ARG BASE=python:3.11-slim
 
@@ -15,6 +15,8 @@ RUN python -m venv --without-pip /opt/venv \
     && /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash "$site"
 COPY pyproject.toml README.md LICENSE ./
 COPY trainer trainer
+COPY components/__init__.py components/table.py components/
+COPY components/launch components/launch
 # The wheel of the code that this image needs, in a layer of its own: a change of the code moves a few hundred kilobytes.
 RUN python -m pip --python /opt/venv/bin/python install --no-cache-dir --no-compile --disable-pip-version-check \
         --quiet --no-build-isolation --no-deps --target /opt/millrace . \
@@ -43,4 +45,4 @@ LABEL org.opencontainers.image.title="millrace/launcher" \
     org.opencontainers.image.base.name="$BASE"
 WORKDIR /tmp
 USER 65532:65532
-ENTRYPOINT ["python", "-m", "trainer"]
+ENTRYPOINT ["python", "-m", "components.launch"]

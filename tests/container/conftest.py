@@ -19,6 +19,9 @@ import pytest
 from trainer import __version__
 
 IMAGES = ("data", "trainer", "launcher")
+# What each image starts with. All of them hold `python -m trainer`: the stages, and the doctor.
+ENTRY_POINTS = {"data": "trainer", "trainer": "trainer", "launcher": "components.launch"}
+STAGE = {"entrypoint": ["python", "-m", "trainer"]}
 # What every test runs under, as Pod Security `restricted` with a read-only root file system would have it.
 USER = 65532
 HARDENED: dict[str, Any] = {

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.container.conftest import IMAGES, USER, name_of
+from tests.container.conftest import ENTRY_POINTS, IMAGES, STAGE, USER, name_of
 from trainer import __version__
 from trainer.artifacts import manifest
 
@@ -33,11 +33,19 @@ TRAINER_BUDGET = 300 * MB
 HAS = {
     "data": {"daft", "pyarrow", "tokenizers", "tiktoken", "PIL", "s3fs", "dvc", "numpy"},
     "trainer": {"torch", "safetensors", "optuna", "onnx", "onnxruntime", "torchao", "sklearn", "pyarrow", "s3fs"},
-    "launcher": {"kubernetes", "kubeflow", "s3fs"},
+    "launcher": {
+        "components",
+        "kubernetes",
+        "kubeflow",
+        "kubeflow_katib_api",
+        "kubeflow_trainer_api",
+        "s3fs",
+        "urllib3",
+    },
 }
 HAS_NOT = {
-    "data": {"torch", "kfp", "kubernetes", "nvidia", "triton", "sklearn"},
-    "trainer": {"kfp", "kubernetes", "daft", "dvc"},
+    "data": {"torch", "kfp", "kubernetes", "nvidia", "triton", "sklearn", "components"},
+    "trainer": {"kfp", "kubernetes", "daft", "dvc", "components"},
     "launcher": {"torch", "kfp", "daft", "dvc", "nvidia", "triton", "numpy"},
 }
 # Parts of packages that stages use, which must have outlived the removal of what they do not.
@@ -45,7 +53,8 @@ USED = {
     "data": "daft, pyarrow.parquet, pyarrow.compute, tokenizers, tiktoken, PIL.Image, s3fs, dvc.api, dvc.repo",
     "trainer": "pyarrow.parquet, sklearn.linear_model, sklearn.feature_extraction.text, sklearn.multiclass, scipy.stats, optuna,"
     " onnxruntime.quantization, onnxscript, torchao.quantization, torch.onnx, torch.distributed.run, s3fs, tokenizers",
-    "launcher": "kubernetes.client, kubernetes.watch, kubernetes.config, kubeflow.training, s3fs",
+    "launcher": "kubernetes.client, kubernetes.config, kubeflow.training, kubeflow_katib_api.models, kubeflow_trainer_api.models,"
+    " urllib3, s3fs, components.table",
 }
 NOWHERE = {"pytest", "moto", "hypothesis", "mypy", "ruff", "pip", "pipelines", "tests"}
 SMALL = "data.tokenizer.vocab_size=300 train.epochs=1 model.buckets=256 model.dim=8 train.threads=1"
@@ -58,7 +67,7 @@ print(json.dumps(sorted({each.name.lower().replace("_", "-") for each in metadat
 
 @pytest.mark.parametrize("image", IMAGES)
 def test_doctor_finds_the_image_sane(run, image: str) -> None:
-    done = run(image, "doctor", "--json")
+    done = run(image, "doctor", "--json", **STAGE)
     facts = json.loads(done.text)
     assert (done.code, facts["findings"]) == (0, [])
     assert (facts["image"], facts["user"], facts["millrace"]) == (image, USER, __version__)
@@ -89,7 +98,7 @@ def test_sigterm_ends_what_runs_as_the_first_process(start, image: str, shared: 
     pipe = shared / "params.yaml"
     os.mkfifo(pipe)
     mounted = {str(shared): {"bind": str(shared), "mode": "rw"}}
-    container = start(image, "promote", "--params", str(pipe), volumes=mounted)
+    container = start(image, "promote", "--params", str(pipe), volumes=mounted, **STAGE)
     writer = open_when_read(pipe)
     try:
         before = time.monotonic()
@@ -146,6 +155,16 @@ def test_what_is_left_of_the_packages_imports(python, image: str, modules: str) 
     assert python(image, f"import {modules}, json; print(json.dumps('all'))") == "all"
 
 
+def test_every_module_of_the_launcher_imports_where_nothing_can_be_written(python) -> None:
+    program = """
+import importlib, json, pkgutil
+import components.launch
+names = [each.name for each in pkgutil.walk_packages(components.launch.__path__, "components.launch.")]
+print(json.dumps([importlib.import_module(name).__name__ for name in names if not name.endswith("__main__")]))
+"""
+    assert "components.launch.spec" in python("launcher", program, tmpfs={})
+
+
 @pytest.mark.parametrize("image", IMAGES)
 def test_no_tools_and_no_caches_are_left(python, image: str) -> None:
     program = """
@@ -194,7 +213,7 @@ def test_labels_user_and_entry_point(engine, image: str) -> None:
     assert labels["description"]
     assert labels["created"].endswith("Z")
     assert config["User"] == f"{USER}:{USER}"
-    assert config["Entrypoint"] == ["python", "-m", "trainer"]
+    assert config["Entrypoint"] == ["python", "-m", ENTRY_POINTS[image]]
 
 
 def local(folder: Path, inputs: dict[str, str], outputs: dict[str, str], values: dict) -> dict:

@@ -64,7 +64,8 @@ def test_there_are_three_images() -> None:
 def test_the_user_is_a_number_and_the_entry_point_has_no_shell(recipe: Path) -> None:
     stage = dict(final_stage(recipe))
     assert stage["USER"] == "65532:65532"
-    assert json.loads(stage["ENTRYPOINT"]) == ["python", "-m", "trainer"]
+    module = "components.launch" if recipe.stem == "launcher" else "trainer"
+    assert json.loads(stage["ENTRYPOINT"]) == ["python", "-m", module]
     assert "CMD" not in stage
 
 
@@ -124,6 +125,29 @@ def test_what_is_copied_is_let_through(recipe: Path) -> None:
     for name in copied:
         assert (ROOT / name).exists()
         assert any(Path(name).match(rule[1:]) for rule in rules), name
+
+
+def test_the_launcher_holds_what_its_code_imports_of_ours() -> None:
+    copied = [
+        ROOT / word
+        for kind, rest in instructions(ROOT / "images" / "launcher.Dockerfile")
+        if kind == "COPY" and "--from" not in rest
+        for word in rest.split(" ")[:-1]
+    ]
+    files = {
+        path for root in copied for path in ([root] if root.is_file() else root.rglob("*")) if path.suffix == ".py"
+    }
+    assert ROOT / "components" / "launch" / "__init__.py" in files
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            for name in names:
+                module = ROOT / name.replace(".", "/")
+                needed = [each for each in (module.with_suffix(".py"), module / "__init__.py") if each.is_file()]
+                if name.split(".")[0] in ("trainer", "components", "pipelines"):
+                    assert set(needed) <= files, f"{path.relative_to(ROOT)} imports {name}"
 
 
 @pytest.mark.parametrize("image", IMAGES)
