@@ -1,4 +1,5 @@
-"""Container components, made from the stage table: each runs `python -m trainer STAGE --executor-input '{{$}}'`.
+"""Container components, made from the stage table: each runs `python -m trainer STAGE --executor-input '{{$}}'`, or
+`python -m components.launch` with the same words, where the stage is a job of the cluster.
 
 A component's inputs are the artifacts of its stage, the sections of params.yaml that the stage reads, each as JSON text
 (so that KFP's cache key holds what the stage reads and nothing else), the data's version and the store.
@@ -12,16 +13,21 @@ from typing import Any
 
 from kfp import dsl
 
-from components.table import KINDS, TASKS, Task, describe, image
+from components.table import KINDS, LAUNCHER, TASKS, Task, compiled, describe, image
 from trainer.config import Params
 from trainer.executor import SECTION
 from trainer.stage import STAGES
 
 COMMAND = ["python", "-m", "trainer"]
+LAUNCH = ["python", "-m", "components.launch"]
+# Section `cluster` as it is compiled in: no input of the pipeline, so nothing that the run form could say otherwise.
+CLUSTER = SECTION.format("cluster")
+SECTIONS = tuple(section for section in Params.model_fields if section != "cluster")
 # What `configure` puts out beside the sections: name -> what it says.
 FOUND = {
     "data_version": "version of the raw data: DVC's md5 of it",
     "proceed": "true unless there is nothing new to train on",
+    "train_nodes": "pods that train together",
     **{
         f"{name}_gpus": f"accelerators for {name}; 0 if it is switched off"
         for name, task in TASKS.items()
@@ -43,7 +49,7 @@ RUN_FORM: dict[str, tuple[type, Any, str]] = {
     ),
     "overrides": (str, "", "changes to it, such as train.lr=1e-3 tune.trials=20; they win over all other inputs"),
     "trials": (int, 0, "trials of the search; 0 keeps tune.trials"),
-    "nodes": (int, 1, "nodes to train on"),
+    "nodes": (int, 1, "nodes to train on; more than 1 takes a pipeline compiled with cluster.job.train=pytorchjob"),
     "gpus_per_node": (int, 0, "GPUs of each node; 0 trains on CPUs"),
     "store": (
         str,
@@ -57,6 +63,7 @@ RUN_FORM: dict[str, tuple[type, Any, str]] = {
         "end early, successfully, if the champion was trained on the same version of the data",
     ),
 }
+_COMPILED = "section cluster of params.yaml as it was compiled in, as JSON"
 
 
 def inputs_of(task: Task) -> Iterator[tuple[str, Any, Any, str]]:
@@ -66,6 +73,7 @@ def inputs_of(task: Task) -> Iterator[tuple[str, Any, Any, str]]:
         for name, (kind, default, text) in RUN_FORM.items():
             yield name, kind, default, text
         yield "scheduled_at", str, "", "time of the schedule's slot; empty for a run started by hand"
+        yield CLUSTER, str, "{}", _COMPILED
     elif task.name == "finish":
         yield "store", str, "", RUN_FORM["store"][2]
         yield "run_name", str, "", "name of the run"
@@ -81,12 +89,16 @@ def inputs_of(task: Task) -> Iterator[tuple[str, Any, Any, str]]:
         yield "store", str, "", RUN_FORM["store"][2]
         if task.accelerated:
             yield "gpus", str, "0", "accelerators of the pod"
+        if task.launches:
+            yield "gpus", str, "0", "accelerators of each of the job's pods"
+            yield "nodes", str, "1", FOUND["train_nodes"]
+            yield CLUSTER, str, "{}", _COMPILED
 
 
 def outputs_of(task: Task) -> Iterator[tuple[str, Any, str]]:
     """Name, annotation and help of each output of a task."""
     if task.name == "configure":
-        for section in Params.model_fields:
+        for section in SECTIONS:
             yield (
                 SECTION.format(section),
                 dsl.OutputPath(str),
@@ -109,7 +121,7 @@ def artifact(kind: str) -> Any:
 def component(task: Task, params: Params) -> Any:
     """The container component of a task, with the image and the retries that params.yaml's `cluster` names."""
     words = [task.name]
-    if task.name in STAGES and params.cluster.retries:
+    if task.name in STAGES and params.cluster.retries and not task.launches:
         words += ["--retries", str(params.cluster.retries), "--backoff", f"{params.cluster.backoff_s:g}"]
     if task.name == "promote":
         words.append("--allow-refusal")
@@ -117,7 +129,8 @@ def component(task: Task, params: Params) -> Any:
     inputs, outputs = list(inputs_of(task)), list(outputs_of(task))
 
     def function(*_: Any, **__: Any) -> dsl.ContainerSpec:
-        return dsl.ContainerSpec(image=image(task, params), command=list(COMMAND), args=list(words))
+        command = LAUNCH if task.image == LAUNCHER else COMMAND
+        return dsl.ContainerSpec(image=image(task, params), command=list(command), args=list(words))
 
     required = [each for each in inputs if each[2] is inspect.Parameter.empty]
     optional = [each for each in inputs if each[2] is not inspect.Parameter.empty]
@@ -137,4 +150,4 @@ def component(task: Task, params: Params) -> Any:
 
 def components(params: Params) -> dict[str, Any]:
     """All container components by the name of their task."""
-    return {name: component(task, params) for name, task in TASKS.items()}
+    return {name: component(task, params) for name, task in compiled(params).items()}

@@ -1,4 +1,7 @@
-"""How each task's pod is set up: resources, rights, volumes, secrets, caching and retries of lost pods."""
+"""How each task's pod is set up: resources, rights, volumes, secrets, caching and retries of lost pods.
+
+The pods of jobs that a task launches are not set up here but by components/launch.
+"""
 
 from __future__ import annotations
 

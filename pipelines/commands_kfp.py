@@ -18,6 +18,7 @@ from trainer import storage
 from trainer.config import Params
 from trainer.config.load import load
 from trainer.config.names import nearest
+from trainer.configure import is_shared, require_store
 from trainer.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, redact
 
 TIME = "%Y-%m-%d %H:%M:%S UTC"
@@ -199,20 +200,16 @@ def _print(text: str) -> None:
     sys.stdout.flush()
 
 
-def is_shared(params: Params, uri: str) -> bool:
-    """Whether a pod can see what the URI names."""
-    return storage.is_remote(uri) or bool(params.cluster.claim and uri.startswith(f"{params.cluster.mount}/"))
-
-
 def warn(params: Params) -> None:
     """Say what a run on a cluster will not find, and what comes of it.
 
     Raises:
-        ConfigError: the data is on this machine.
+        ConfigError: the data is on this machine, or a job of the cluster has no place to put what it makes.
     """
     _warn_of_defaults()
+    require_store("cluster.store", params.cluster.store, params)
     source = params.data.source
-    if not is_shared(params, source) and not source.startswith(("builtin:", "dvc:")) and storage.exists(source):
+    if not is_shared(source, params.cluster) and not source.startswith(("builtin:", "dvc:")) and storage.exists(source):
         raise ConfigError(
             f"data.source: {redact(source)} is of this machine, pods do not see it",
             "copy it to an object store, or to the volume of cluster.claim, and name it there: data.source=s3://bucket/data.jsonl",
@@ -221,7 +218,7 @@ def warn(params: Params) -> None:
         ("data.source", params.data.source, "preprocess fails unless the image has it; give it as s3://bucket/data.jsonl"),
         ("promote.registry", params.promote.registry, "no champion is compared with or kept; s3://bucket/registry keeps one"),
     ):  # fmt: skip
-        if not is_shared(params, uri) and not uri.startswith(("builtin:", "dvc:")):
+        if not is_shared(uri, params.cluster) and not uri.startswith(("builtin:", "dvc:")):
             print(f"note: {key}={redact(uri)} is of this machine, pods do not see it:\n  {what}", file=sys.stderr)
 
 

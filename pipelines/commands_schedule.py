@@ -10,9 +10,10 @@ from itertools import islice
 from pipelines import compiler, cron
 from pipelines import schedule as schedules
 from pipelines.cli_kfp import ACTIONS
-from pipelines.commands_kfp import TIME, api_of, is_shared, params_of, warn
+from pipelines.commands_kfp import TIME, api_of, params_of, warn
 from trainer.config import Params
 from trainer.config.names import nearest
+from trainer.configure import is_shared
 from trainer.errors import EXIT_OK, ConfigError, redact
 
 
@@ -114,7 +115,7 @@ def _schedule_name(params: Params) -> str:
 def _require_registry(params: Params) -> None:
     """Each scheduled run compares itself with the champion, so all must find the same registry."""
     uri = params.promote.registry
-    if not is_shared(params, uri):
+    if not is_shared(uri, params.cluster):
         raise ConfigError(
             f"promote.registry: {redact(uri)} is a path of this machine, which no pod can see",
             "promote.registry=s3://bucket/registry, or a path below cluster.mount with cluster.claim",

@@ -30,7 +30,17 @@ MAX_BYTES = 96 * 1024
 
 
 def package(params: Params) -> list[dict[str, Any]]:
-    """The documents of the package: the pipeline spec and the platform spec."""
+    """The documents of the package: the pipeline spec and the platform spec.
+
+    Raises:
+        ConfigError: no run of it could start.
+    """
+    job = params.cluster.job
+    if job.nodes > 1 and job.train == "pod":
+        raise ConfigError(
+            f"cluster.job.nodes: {job.nodes}: with cluster.job.train=pod the pipeline trains in the pod of its step",
+            "set cluster.job.train=pytorchjob, or cluster.job.nodes=1",
+        )
     with quiet():
         from kfp import compiler
 

@@ -22,6 +22,7 @@ from pipelines.dvcfile import CONTAINERS
 from pipelines.engine import Event
 from trainer import storage
 from trainer.config import Params
+from trainer.config.job import Job
 from trainer.config.load import load
 from trainer.errors import EXIT_OK, EXIT_REFUSED, ConfigError, MillraceError, redact
 
@@ -82,6 +83,8 @@ def _run(
     paint = board.paint
     print(f"{paint('millrace', 'bold')} {params.promote.model}  {paint(redact(source), 'dim')}  "
           f"{paint(f'in containers, {folder}', 'dim')}", flush=True)  # fmt: skip
+    if asked := _not_here(params.cluster.job):
+        print(f"  {asked}: not here, where no cluster is; each stage works in its own container", flush=True)
     if removed:
         print(f"  removed {removed} container{'s' * (removed > 1)} that a killed run left", flush=True)
     if "raw" in stages:
@@ -110,8 +113,9 @@ def _run(
 def _pipeline(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
     """The pipeline as it is run here, and its inputs.
 
-    A built-in source is read from the file that the stage `raw` writes, as on a laptop. Nothing is retried by kfp,
-    which would repeat what cannot get better; the entry point in the container knows what is worth another try.
+    Without a cluster nothing is launched: each stage works in its own container, whatever cluster.job says. A built-in
+    source is read from the file that the stage `raw` writes, as on a laptop. Nothing is retried by kfp, which would
+    repeat what cannot get better; the entry point in the container knows what is worth another try.
     """
     from pipelines import compiler
 
@@ -119,13 +123,19 @@ def _pipeline(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
     if source.startswith(dvcfile.BUILTIN):
         data = params.data.model_copy(update={"source": dvcfile.raw_file(source)})
         params = params.model_copy(update={"data": data})
-    spec = compiler.spec(params)
+    spec = compiler.spec(params.model_copy(update={"cluster": params.cluster.model_copy(update={"job": Job()})}))
     now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     spec = json.loads(json.dumps(spec).replace(_SCHEDULED, "").replace(_CREATED, now))
     for component in [spec["root"], *spec.get("components", {}).values()]:
         for task in component.get("dag", {}).get("tasks", {}).values():
             task.pop("retryPolicy", None)
     return spec, compiler.arguments(params)
+
+
+def _not_here(job: Job) -> str:
+    """What cluster.job asks for that takes a cluster, as words; empty if nothing."""
+    kinds = [f"cluster.job.{name}={getattr(job, name)}" for name in job.launched]
+    return ", ".join(kinds + [f"cluster.job.nodes={job.nodes}"] * (job.nodes > 1))
 
 
 def stages_of(spec: dict[str, Any]) -> list[str]:

@@ -28,6 +28,13 @@ _FULL = {
     }
 }  # fmt: skip
 
+# Training and search as jobs of the cluster.
+_JOBS = {
+    "cluster": {
+        "store": "s3://bucket/runs", "gpus_per_node": 8, "job": {"train": "pytorchjob", "tune": "experiment", "nodes": 2},
+    }
+}  # fmt: skip
+
 
 def render() -> dict[str, str]:
     """Name -> content of each golden file."""
@@ -35,6 +42,7 @@ def render() -> dict[str, str]:
     return {
         "pipeline.yaml": compiler.text(default),
         "pipeline-cluster.yaml": compiler.text(validate(_FULL)),
+        "pipeline-jobs.yaml": compiler.text(validate(_JOBS)),
         "help.txt": _help(),
     }
 

@@ -1,12 +1,13 @@
 """The training pipeline: wiring only. What each task is stands in components/table.py, how it is placed in place.py."""
 
+import json
 from typing import Any
 
 from kfp import dsl
 
-from components.build import RUN_FORM, components
+from components.build import CLUSTER, RUN_FORM, components
 from components.place import place
-from components.table import TASKS
+from components.table import compiled
 from trainer.config import Params
 from trainer.executor import SECTION
 from trainer.stage import STAGES
@@ -20,20 +21,25 @@ def training(config: Params, form: dict[str, Any]) -> Any:
 
     `form` has the defaults of the inputs `preset` and `params`, one of which is empty.
     """
-    made = components(config)
+    made, rows = components(config), compiled(config)
+    cluster = {CLUSTER: json.dumps(config.cluster.model_dump(mode="json", exclude_defaults=True), sort_keys=True)}
 
     def pipeline(
         preset: str = form["preset"], params: str = form["params"], data: str = "", overrides: str = "", trials: int = 0,
-        nodes: int = 1, gpus_per_node: int = config.cluster.gpus_per_node, store: str = config.cluster.store,
-        registry: str = "", only_if_new: bool = False,
+        nodes: int = config.cluster.job.nodes, gpus_per_node: int = config.cluster.gpus_per_node,
+        store: str = config.cluster.store, registry: str = "", only_if_new: bool = False,
     ) -> None:  # fmt: skip
         def task(name: str, **inputs: Any) -> Any:
-            return place(made[name](**inputs), TASKS[name], config, inputs.get("gpus"))
+            return place(made[name](**inputs), rows[name], config, inputs.get("gpus"))
 
         def stage(name: str, **artifacts: Any) -> Any:
             sections = {SECTION.format(section): plan[SECTION.format(section)] for section in STAGES[name].sections}
-            gpus = {"gpus": plan[f"{name}_gpus"]} if TASKS[name].accelerated else {}
-            return task(name, **artifacts, **sections, **gpus, data_version=plan["data_version"], store=store).outputs
+            row, more = rows[name], {}
+            if row.accelerated or row.launches:
+                more["gpus"] = plan[f"{name}_gpus"]
+            if row.launches:
+                more |= {"nodes": plan["train_nodes"], **cluster}
+            return task(name, **artifacts, **sections, **more, data_version=plan["data_version"], store=store).outputs
 
         finish = task(
             "finish", store=store, run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER
@@ -42,7 +48,7 @@ def training(config: Params, form: dict[str, Any]) -> Any:
             plan = task(
                 "configure", preset=preset, params=params, data=data, overrides=overrides, trials=trials, nodes=nodes,
                 gpus_per_node=gpus_per_node, store=store, registry=registry, only_if_new=only_if_new,
-                scheduled_at=dsl.PIPELINE_JOB_SCHEDULE_TIME_UTC_PLACEHOLDER,
+                scheduled_at=dsl.PIPELINE_JOB_SCHEDULE_TIME_UTC_PLACEHOLDER, **cluster,
             ).outputs  # fmt: skip
             with dsl.If(plan["proceed"] == "true", name="something new"):
                 dataset = stage("preprocess")["dataset"]

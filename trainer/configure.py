@@ -4,7 +4,8 @@ python -m trainer configure --executor-input '{{$}}'
 
 Nothing downstream is run with a wrong parameter: all of them are checked here, in a second, before a large image is
 pulled. Each section of the configuration becomes an output parameter of its own, so that a stage is run again only if
-what it reads has changed. Parameters: those of the run form (components/build.py).
+what it reads has changed. Parameters: those of the run form (components/build.py), and section `cluster` as it was
+compiled in.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Plan:
     """What a run is to do.
 
     Attributes:
-        params: the checked configuration.
+        params: the checked configuration; section `cluster` is the one that was compiled in.
+        nodes: pods that train together.
         data_version: DVC's md5 of the raw data.
         champion: version and data version of the model that is to be beaten; empty if there is none.
         proceed: whether there is anything to do.
@@ -45,6 +47,7 @@ class Plan:
     """
 
     params: Params
+    nodes: int
     data_version: str
     champion: tuple[str, str]
     proceed: bool
@@ -61,7 +64,7 @@ def run(text: str, overrides: Sequence[str]) -> int:
     given = executor.read(text)
     plan = make(given.values, overrides)
     params = plan.params
-    tree = params.model_dump(mode="json")
+    tree = params.model_dump(mode="json", exclude={"cluster"})
     values: dict[str, str] = {
         executor.SECTION.format(section): json.dumps(content, sort_keys=True, ensure_ascii=False)
         for section, content in tree.items()
@@ -74,7 +77,7 @@ def run(text: str, overrides: Sequence[str]) -> int:
         "distill": min(gpus, 1) if params.distill.enabled else 0,
     }
     values |= {f"{name}_gpus": str(count) for name, count in asked.items()}
-    values |= {"data_version": plan.data_version, "proceed": str(plan.proceed).lower()}
+    values |= {"train_nodes": str(plan.nodes), "data_version": plan.data_version, "proceed": str(plan.proceed).lower()}
     metadata: dict[str, dict[str, Any]] = {}
     if "summary" in given.outputs:
         target = Path(executor.local_artifact(given.outputs["summary"]["uri"]))
@@ -100,9 +103,13 @@ def make(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Plan:
     params = resolve(values, overrides)
     store = executor.store_of(values)
     refuse_secrets({**places(params), "store": store})
-    _check_store(store)
-    if params.cluster != Cluster():
-        warnings.append("cluster: the pipeline was compiled with its own; what the run form says of it is not used")
+    cluster = _compiled(values)
+    said = params.cluster != Cluster() or any(word.startswith("cluster.") for word in _words(values, overrides))
+    if said and params.cluster != cluster:
+        warnings.append("cluster: what the run form says of it is not used: the pipeline was compiled with its own")
+    params = params.model_copy(update={"cluster": cluster})
+    nodes = _nodes(values, cluster)
+    _check_store(store, params)
     registry = params.promote.registry
     if not storage.is_remote(registry) and not _is_kept(storage.local_path(registry)):
         # A folder of the container: gone with it. A run without a registry is a run all the same.
@@ -117,7 +124,7 @@ def make(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Plan:
     champion = _champion(params)
     same = bool(champion[1]) and champion[1] == version
     proceed = not (same and bool(values.get("only_if_new")))
-    return Plan(params, version, champion, proceed, tuple(warnings))
+    return Plan(params, nodes, version, champion, proceed, tuple(warnings))
 
 
 def _is_kept(registry: Path) -> bool:
@@ -144,17 +151,53 @@ def refuse_secrets(uris: Mapping[str, str]) -> None:
             )
 
 
-def _check_store(store: str) -> None:
+def _check_store(store: str, params: Params) -> None:
     """Refuse now what would fail later, in another pod.
 
     Raises:
-        ConfigError: the store is no place that all pods see.
+        ConfigError: the store is no place that all pods see; or there is none, and a job of the cluster needs one.
         StorageError: there is no driver for it, or no right to read it.
     """
     if store and not storage.is_remote(store) and not storage.local_path(store).is_absolute():
         raise ConfigError(f"parameter store: {store}: a folder of one pod", "pass a URI or a mounted path, from / on")
+    require_store("parameter store", store, params)
     if store:
         storage.exists(store)
+
+
+def require_store(key: str, store: str, params: Params) -> None:
+    """See that the pods of what is launched have a place where they read and write.
+
+    Args:
+        key: what to call the store in an error.
+        store: URI or path; empty for none.
+        params: the configuration, with the section `cluster` that is compiled in.
+
+    Raises:
+        ConfigError: they have none.
+    """
+    cluster = params.cluster
+    if not (jobs := launched(params)) or is_shared(store, cluster):
+        return
+    what = f"{redact(store)}: not in the volume of cluster.claim" if store else "none is given"
+    because = " and ".join(f"cluster.job.{name}={getattr(cluster.job, name)}" for name in jobs)
+    raise ConfigError(
+        f"{key}: {what}, and with {because} the pods of a job read and write there",
+        "pass a URI such as s3://bucket/runs, or compile with cluster.claim=CLAIM and pass a path in that volume, "
+        f"such as {cluster.mount}/runs",
+    )
+
+
+def launched(params: Params) -> list[str]:
+    """Stages that are jobs of the cluster in this run: a search that is switched off is none."""
+    return [name for name in params.cluster.job.launched if name != "tune" or params.tune.enabled]
+
+
+def is_shared(uri: str, cluster: Cluster) -> bool:
+    """Whether every pod sees what a URI names: it is remote, or in the volume that all mount."""
+    if storage.is_remote(uri):
+        return True
+    return bool(uri and cluster.claim) and Path(os.path.normpath(storage.local_path(uri))).is_relative_to(cluster.mount)
 
 
 def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Params:
@@ -173,7 +216,7 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Params:
     tree = parse_yaml(text or presets.text(preset), where)
     if not isinstance(tree, dict):
         raise ConfigError(f"{where}: must be a mapping of sections", "pass the text of a params.yaml")
-    words = [*split_words(values.get("overrides") or []), *overrides]
+    words = _words(values, overrides)
     named = {key for key, _ in map(parse_override, words)}
     changes: dict[str, Any] = {}
     if source:
@@ -185,15 +228,35 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Params:
         changes["promote.registry"] = registry
     if trials := _count(values, "trials", 0):
         changes["tune.trials"] = trials
-    if (nodes := _count(values, "nodes", 1)) != 1:
-        raise ConfigError(
-            f"parameter nodes: {nodes}: this pipeline trains in one pod, with as many accelerators as its node has",
-            "set nodes to 1 and gpus_per_node to the number of accelerators",
-        )
     if (gpus := _count(values, "gpus_per_node", 0)) > 1:
         changes["train.processes"] = gpus
     tree = apply_overrides(tree, {key: value for key, value in changes.items() if key not in named})
     return validate(apply_overrides(tree, words), where)
+
+
+def _words(values: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
+    return [*split_words(values.get("overrides") or []), *overrides]
+
+
+def _compiled(values: Mapping[str, Any]) -> Cluster:
+    """Section `cluster` of the configuration with which the pipeline was compiled."""
+    where = f"parameter {executor.SECTION.format('cluster')}"
+    return validate({"cluster": parse_yaml(str(values.get("cluster_params") or "{}"), where)}, where).cluster
+
+
+def _nodes(values: Mapping[str, Any], cluster: Cluster) -> int:
+    """How many pods train together.
+
+    Raises:
+        ConfigError: more than the pipeline was compiled for.
+    """
+    nodes = _count(values, "nodes", 1)
+    if nodes > 1 and cluster.job.train == "pod":
+        raise ConfigError(
+            f"parameter nodes: {nodes}: this pipeline trains in the pod of its step",
+            "compile with cluster.job.train=pytorchjob, or set nodes to 1",
+        )
+    return nodes
 
 
 def _count(values: Mapping[str, Any], name: str, least: int) -> int:
@@ -228,6 +291,12 @@ def _champion(params: Params) -> tuple[str, str]:
     return champion.version, registry.version(params.promote.model, champion.version).data_version
 
 
+def _where(plan: Plan) -> str:
+    job, processes = plan.params.cluster.job, plan.params.train.processes
+    each = f"{processes} process{'es' * (processes > 1)}"
+    return f"the step's pod, {each}" if job.train == "pod" else f"a {code(job.train)}, {plan.nodes} x {each}"
+
+
 def summary(plan: Plan, values: Mapping[str, Any]) -> str:
     """A page of Markdown on what the run is to do."""
     params = plan.params
@@ -237,6 +306,7 @@ def summary(plan: Plan, values: Mapping[str, Any]) -> str:
         ("task", code(params.task.name)),
         ("model", code(params.model.name)),
         ("search", f"{params.tune.trials} trials over {len(params.tune.space)} parameters" if params.tune.enabled else "off"),
+        ("trains in", _where(plan)),
         ("student", code(params.distill.student.name) if params.distill.enabled else "off"),
         ("int8", "on" if params.quantize.enabled else "off"),
         ("registry", code(params.promote.registry)),

@@ -52,6 +52,15 @@ class Given:
         """Where outputs go by reference; empty if they go through KFP."""
         return store_of(self.values)
 
+    @property
+    def run(self) -> str:
+        """Id of the pipeline run, as in the backend's URIs, `ROOT/PIPELINE/RUN/TASK/ATTEMPT/PORT`; empty in local runs.
+
+        As a parameter it would be in KFP's cache key, and nothing would ever be taken from the cache.
+        """
+        uris = (artifact["uri"] for artifact in self.outputs.values())
+        return next((uri.split("/")[-4] for uri in uris if "://" in uri and uri.count("/") > 5), "")
+
 
 def store_of(values: Mapping[str, Any]) -> str:
     """The parameter `store` of a task, as people paste it; empty if outputs go through KFP."""

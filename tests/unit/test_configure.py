@@ -106,7 +106,9 @@ WRONG = {
     "no end of trials": ({"trials": float("inf")}, "parameter trials"),
     "a truth for a number": ({"trials": True}, "parameter trials"),
     "no node": ({"nodes": 0}, "parameter nodes"),
-    "nodes": ({"nodes": 2}, "gpus_per_node"),
+    "nodes": ({"nodes": 2}, "cluster.job.train=pytorchjob"),
+    "a cluster of another schema": ({"cluster_params": '{"jobs": {}}'}, "cluster.job"),
+    "a cluster that is none": ({"cluster_params": "[1]"}, "parameter cluster_params"),
 }  # fmt: skip
 
 
@@ -162,6 +164,70 @@ def test_what_the_run_form_says_of_the_cluster_is_said_to_have_no_effect(data, t
     run(tmp_path, data=str(data), overrides="cluster.retries=7")
     assert "cluster" in capsys.readouterr().out
     assert "cluster" in (tmp_path / "summary").read_text()
+
+
+def test_the_cluster_that_was_compiled_in_is_no_choice_of_the_form(data, tmp_path):
+    compiled = '{"retries": 5, "job": {"train": "trainjob"}}'
+    given_values = {"cluster_params": compiled, "store": "memory://runs", "overrides": "cluster.job.train=pod"}
+    plan = configure.make({"preset": "text-classify", "data": str(data), **given_values})
+    assert (plan.params.cluster.retries, plan.params.cluster.job.train) == (5, "trainjob")
+    assert any("cluster" in warning for warning in plan.warnings)
+    assert "cluster_params" not in run(tmp_path, data=str(data), **given_values), "what is launched has the constant"
+
+
+def test_what_the_form_says_of_the_cluster_as_it_was_compiled_is_no_news(data):
+    params = "cluster: {retries: 5}"
+    plan = configure.make({"params": params, "data": str(data), "cluster_params": '{"retries": 5}'})
+    assert not [warning for warning in plan.warnings if "cluster" in warning]
+
+
+@pytest.mark.parametrize(("form", "nodes"), [({}, "1"), ({"nodes": 4.0}, "4")])
+def test_a_job_of_the_cluster_trains_on_several_nodes(form, nodes, data, tmp_path):
+    found = run(
+        tmp_path, data=str(data), cluster_params=JOB["a PyTorchJob"], store="memory://runs", gpus_per_node=2.0, **form
+    )
+    assert (found["train_nodes"], found["train_gpus"]) == (nodes, "2")
+    assert json.loads(found["train_params"])["processes"] == 2
+    assert f"`pytorchjob`, {nodes} x 2 processes" in (tmp_path / "summary").read_text()
+
+
+JOB = {
+    "a PyTorchJob": '{"job": {"train": "pytorchjob"}}',
+    "a TrainJob": '{"job": {"train": "trainjob"}}',
+    "an Experiment": '{"job": {"tune": "experiment"}}',
+    "both, with a claim": '{"job": {"train": "pytorchjob", "tune": "experiment"}, "claim": "shared", "mount": "/data"}',
+    "a claim alone": '{"claim": "shared", "mount": "/data"}',
+}
+
+
+@pytest.mark.parametrize(
+    ("compiled", "store", "overrides", "accepted"),
+    [
+        ("a PyTorchJob", "", "", False),
+        ("a PyTorchJob", "/data/runs", "", False),
+        ("a TrainJob", "", "", False),
+        ("an Experiment", "", "", False),
+        ("an Experiment", "", "tune.enabled=false", True),
+        ("both, with a claim", "", "", False),
+        ("both, with a claim", "/data", "", True),
+        ("both, with a claim", "/data/runs", "", True),
+        ("both, with a claim", "file:///data/runs", "", True),
+        ("both, with a claim", "/data/../tmp/runs", "", False),
+        ("both, with a claim", "/database/runs", "", False),
+        ("a PyTorchJob", "memory://runs", "", True),
+        ("a claim alone", "", "", True),
+    ],
+)
+def test_the_pods_of_a_job_need_a_store_that_they_see(compiled, store, overrides, accepted, data):
+    values = {"preset": "text-classify", "data": str(data), "cluster_params": JOB[compiled], "store": store,
+              "overrides": overrides or "tune.enabled=true"}  # fmt: skip
+    if accepted:
+        configure.make(values)
+        return
+    with pytest.raises(ConfigError, match=r"parameter store: .*cluster\.job\.") as caught:
+        configure.make(values)
+    assert "s3://" in caught.value.hint
+    assert "cluster.claim" in caught.value.hint
 
 
 def test_data_that_is_not_there_is_said_before_anything_runs(tmp_path, monkeypatch):

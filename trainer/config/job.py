@@ -99,3 +99,8 @@ class Job(Section):
         if self.master and self.train == "trainjob":
             raise ValueError("master is a part of a PyTorchJob; a TrainJob has none")
         return self
+
+    @property
+    def launched(self) -> tuple[str, ...]:
+        """Stages whose work is a job of the cluster, not that of the step's own pod."""
+        return tuple(name for name, how in (("tune", self.tune), ("train", self.train)) if how != "pod")
