@@ -6,6 +6,7 @@ Every pod passes the Kubernetes policy "restricted" (Pod Security Standards), an
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 from components.launch import names
@@ -14,6 +15,8 @@ from components.launch.spec import JobSpec, digest
 NODE_RANK_ENV = "MILLRACE_NODE_RANK"
 NODES_ENV = "MILLRACE_NODES"
 PREFLIGHT_ENV = "MILLRACE_PREFLIGHT"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+_POWERS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def pod_template(spec: JobSpec, container: str, env: list[dict[str, Any]] | None = None) -> dict[str, Any]:
@@ -54,8 +57,10 @@ def pod_template(spec: JobSpec, container: str, env: list[dict[str, Any]] | None
     pod |= {key: value for key, value in optional.items() if value}
     own = names.labels(spec.stage, spec.run) | {names.JOB_LABEL: spec.name}
     metadata: dict[str, Any] = {"labels": dict(spec.labels) | own}
-    if spec.annotations:
-        metadata["annotations"] = dict(spec.annotations)
+    # A mesh's sidecar would keep finished pods running, and stand between the ranks.
+    metadata["annotations"] = {"sidecar.istio.io/inject": "false", **spec.annotations}
+    if spec.scheduler == "volcano":
+        metadata["annotations"]["scheduling.volcano.sh/queue-name"] = spec.queue
     return {"metadata": metadata, "spec": pod}
 
 
@@ -112,15 +117,33 @@ def resources(spec: JobSpec) -> dict[str, Any]:
     return {key: value for key, value in (("requests", requests), ("limits", limits)) if value}
 
 
+def number(quantity: str) -> Fraction:
+    """The value of a Kubernetes quantity such as 500m, 1.5Gi or 2."""
+    digits = quantity.rstrip("kKMGTim")
+    suffix = quantity[len(digits) :]
+    return Fraction(digits) * (Fraction(1, 1000) if suffix == "m" else _POWERS.get(suffix, 1))
+
+
+def canonical(quantity: str) -> str:
+    """The quantity as Kubernetes writes it back (1024Mi is 1Gi): Katib refuses a Job that it would write otherwise."""
+    value = number(quantity)
+    if value.denominator != 1:
+        return f"{value * 1000}m"
+    steps = [(unit, size) for unit, size in _POWERS.items() if unit.endswith("i") == quantity.endswith("i")]
+    for unit, size in reversed(steps):
+        if value and value % size == 0:
+            return f"{value // size}{unit}"
+    return str(value)
+
+
 def volumes(spec: JobSpec) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Volumes and where they are mounted: /tmp, shared memory for the processes of a pod, and the claim."""
     pairs: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"name": "tmp", "emptyDir": {}}, {"name": "tmp", "mountPath": "/tmp"}),  # noqa: S108
-        (
-            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": spec.shm}},
-            {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108
-        ),
     ]
+    if spec.shm:
+        memory = {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": canonical(spec.shm)}}
+        pairs.append((memory, {"name": "shm", "mountPath": "/dev/shm"}))  # noqa: S108
     if spec.claim:
         claim = {"name": "store", "persistentVolumeClaim": {"claimName": spec.claim}}
         pairs.append((claim, {"name": "store", "mountPath": spec.mount}))
@@ -129,7 +152,7 @@ def volumes(spec: JobSpec) -> list[tuple[dict[str, Any], dict[str, Any]]]:
 
 def finished(obj: dict[str, Any], spec: JobSpec, annotations: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The object with the metadata that all we make has: name, namespace, labels, queue, owner and digest."""
-    queue = {"kueue.x-k8s.io/queue-name": spec.queue} if spec.scheduler == "kueue" else {}
+    queue = {QUEUE_LABEL: spec.queue} if spec.scheduler == "kueue" else {}
     metadata: dict[str, Any] = {"name": spec.name}
     if spec.namespace:
         metadata["namespace"] = spec.namespace

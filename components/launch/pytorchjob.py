@@ -35,7 +35,9 @@ def pytorchjob(spec: JobSpec) -> dict[str, Any]:
 
 def _run_policy(spec: JobSpec) -> dict[str, Any]:
     # None: pods of a job that ended stay until their logs have been read; the launcher removes what still runs.
-    policy: dict[str, Any] = {"cleanPodPolicy": "None", "ttlSecondsAfterFinished": spec.ttl_s}
+    policy: dict[str, Any] = {"cleanPodPolicy": "None"}
+    if spec.ttl_s is not None:
+        policy["ttlSecondsAfterFinished"] = spec.ttl_s
     if spec.deadline_s is not None:
         policy["activeDeadlineSeconds"] = spec.deadline_s
     if spec.scheduler == "volcano":

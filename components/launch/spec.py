@@ -36,7 +36,7 @@ class JobSpec:
         secret_env: environment variable -> `secret/key` that holds its value.
         cpu: processors that each pod requests, as a Kubernetes quantity; empty requests none.
         memory: memory of each pod, request and limit; empty has neither.
-        shm: size of /dev/shm.
+        shm: size of /dev/shm; empty leaves the runtime's, 64 MiB.
         claim: PersistentVolumeClaim that is mounted, if any.
         mount: where it is mounted.
         user: user and group of the processes; 0 leaves it to the image.
@@ -53,7 +53,7 @@ class JobSpec:
         run_timeout_s: seconds that it may run; 0 has no limit.
         restarts: pods that may be put in place again.
         grace_s: seconds between SIGTERM and SIGKILL.
-        ttl_s: seconds that it is kept when it has ended.
+        ttl_s: seconds that it is kept when it has ended; None for ever.
         master: a PyTorchJob of a Master and Workers.
         preflight: check the connections between the processes first.
         run: the run that it belongs to, if known.
@@ -92,7 +92,7 @@ class JobSpec:
     run_timeout_s: float = 0.0
     restarts: int = 10
     grace_s: int = 30
-    ttl_s: int = 86400
+    ttl_s: int | None = 86400
     master: bool = False
     preflight: bool = True
     run: str = ""
@@ -170,11 +170,11 @@ def stage(
         image=image(task, params),
         args=tuple(args),
         nodes=nodes,
-        env={PARAMS_ENV: sections(params, task_name), **job.env},
+        env={**job.env, PARAMS_ENV: sections(params, task_name)},
         secret_env=cluster.secrets,
         cpu=asked.cpu,
         memory=asked.memory,
-        shm=cluster.shm,
+        shm=cluster.shm if task.image == "trainer" else "",
         claim=cluster.claim,
         mount=cluster.mount,
         user=cluster.user,
@@ -195,7 +195,7 @@ def stage(
         return spec
     return replace(
         spec,
-        processes=params.train.processes if task_name == "train" else 1,
+        processes=params.train.processes,
         gpus=cluster.gpus_per_node if gpus is None else gpus,
         accelerator=cluster.accelerator,
         devices=job.devices,
@@ -216,7 +216,9 @@ def _toleration(row: Mapping[str, str]) -> dict[str, str]:
 def sections(params: Params, task_name: str) -> str:
     """The sections of params.yaml that a stage reads, as JSON text for its environment."""
     row = STAGES.get(task_name)
-    names = row.sections if row else tuple(type(params).model_fields)
+    names = set(row.sections) if row else set(type(params).model_fields)
+    if task_name == "tune":
+        names.add("parallel")  # a trial trains, on several nodes perhaps
     tree = {name: getattr(params, name).model_dump(mode="json") for name in names}
     return json.dumps(tree, sort_keys=True, separators=(",", ":"))
 
