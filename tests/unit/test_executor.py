@@ -344,3 +344,11 @@ def test_the_entry_point_takes_an_executor_input(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=root, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "toy/executor_output.json").is_file()
+
+
+def test_the_run_is_known_by_the_backends_uris_alone(dialect):
+    # It cannot be a parameter: the backend would have it in its cache key.
+    make, source, _ = dialect
+    found = executor.read(json.dumps(make()))
+    assert found.run == ("0d3c" if "minio" in str(source) else "")
+    assert executor.read('{"outputs": {"outputFile": "x"}}').run == ""
