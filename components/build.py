@@ -83,7 +83,7 @@ def inputs_of(task: Task) -> Iterator[tuple[str, Any, Any, str]]:
         stage = STAGES[task.name]
         for port, spec in stage.inputs.items():
             yield port, dsl.Input[artifact(spec.kind)], None if spec.optional else none, spec.help
-        for section in stage.sections:
+        for section in sections_of(task):
             yield SECTION.format(section), str, "{}", f"section {section} of params.yaml, as JSON"
         yield "data_version", str, "", FOUND["data_version"]
         yield "store", str, "", RUN_FORM["store"][2]
@@ -93,6 +93,12 @@ def inputs_of(task: Task) -> Iterator[tuple[str, Any, Any, str]]:
             yield "gpus", str, "0", "accelerators of each of the job's pods"
             yield "nodes", str, "1", FOUND["train_nodes"]
             yield CLUSTER, str, "{}", _COMPILED
+
+
+def sections_of(task: Task) -> tuple[str, ...]:
+    """The sections of params.yaml that a stage's task reads; a trial that is a job of its own may train on several nodes."""
+    sections = STAGES[task.name].sections
+    return (*sections, "parallel") if task.launches and "parallel" not in sections else sections
 
 
 def outputs_of(task: Task) -> Iterator[tuple[str, Any, str]]:

@@ -5,12 +5,11 @@ from typing import Any
 
 from kfp import dsl
 
-from components.build import CLUSTER, RUN_FORM, components
+from components.build import CLUSTER, RUN_FORM, components, sections_of
 from components.place import place
 from components.table import compiled
 from trainer.config import Params
 from trainer.executor import SECTION
-from trainer.stage import STAGES
 
 NAME = "millrace"
 HELP = "Raw data in, a tuned, trained, distilled, quantised, evaluated and promoted model out."
@@ -33,8 +32,8 @@ def training(config: Params, form: dict[str, Any]) -> Any:
             return place(made[name](**inputs), rows[name], config, inputs.get("gpus"))
 
         def stage(name: str, **artifacts: Any) -> Any:
-            sections = {SECTION.format(section): plan[SECTION.format(section)] for section in STAGES[name].sections}
             row, more = rows[name], {}
+            sections = {SECTION.format(section): plan[SECTION.format(section)] for section in sections_of(row)}
             if row.accelerated or row.launches:
                 more["gpus"] = plan[f"{name}_gpus"]
             if row.launches:

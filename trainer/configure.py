@@ -70,9 +70,10 @@ def run(text: str, overrides: Sequence[str]) -> int:
         for section, content in tree.items()
     }
     gpus = _count(given.values, "gpus_per_node", 0)
-    # Search and distillation train in one process, which sees one accelerator; others would be held for nothing.
+    # Search in its own pod and distillation train in one process, which sees one accelerator; others would be held for
+    # nothing. The trials of an Experiment train as `train` does.
     asked = {
-        "tune": min(gpus, 1) if params.tune.enabled else 0,
+        "tune": (gpus if "tune" in launched(params) else min(gpus, 1)) if params.tune.enabled else 0,
         "train": gpus,
         "distill": min(gpus, 1) if params.distill.enabled else 0,
     }

@@ -300,6 +300,14 @@ def test_only_train_asks_for_more_than_one_accelerator(data, tmp_path):
     assert (found["tune_gpus"], found["train_gpus"], found["distill_gpus"]) == ("1", "4", "1")
 
 
+def test_a_trial_of_an_experiment_has_the_accelerators_of_training(data, tmp_path):
+    values = {"cluster_params": JOB["an Experiment"], "store": "memory://runs", "gpus_per_node": 4.0}
+    found = run(tmp_path, data=str(data), overrides="tune.enabled=true", **values)
+    assert (found["tune_gpus"], found["train_gpus"], found["distill_gpus"]) == ("4", "4", "1")
+    found = run(tmp_path, data=str(data), overrides="tune.enabled=false", **values)
+    assert found["tune_gpus"] == "0"
+
+
 def test_a_stage_that_is_switched_off_asks_for_no_accelerator(data, tmp_path):
     found = run(tmp_path, data=str(data), gpus_per_node=2.0, overrides="tune.enabled=false")
     assert (found["tune_gpus"], found["train_gpus"], found["distill_gpus"]) == ("0", "2", "1")
