@@ -19,6 +19,8 @@ ACCOUNT = "millrace-launcher"
 
 _READ = ("get", "list", "watch")
 _RUN = (*_READ, "create", "delete")
+# patch: a job that is attached to gets the new step as a further owner, before the old one takes it along.
+_OWN = (*_RUN, "patch")
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,18 @@ class Rule:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("kubeflow.org", "pytorchjobs", _RUN, "training as a PyTorchJob: start it, watch it, clean it up",
+    Rule("kubeflow.org", "pytorchjobs", _OWN, "training as a PyTorchJob: start it, watch it, clean it up",
          needs="pytorchjobs"),
-    Rule("trainer.kubeflow.org", "trainjobs", _RUN, "training as a TrainJob: start it, watch it, clean it up",
+    Rule("trainer.kubeflow.org", "trainjobs", _OWN, "training as a TrainJob: start it, watch it, clean it up",
          needs="trainjobs"),
     Rule("trainer.kubeflow.org", "trainingruntimes", ("get", "list", "create", "delete"), "the runtime a TrainJob refers to",
          needs="trainjobs"),
-    Rule("kubeflow.org", "experiments", _RUN, "search as a Katib Experiment: start it, watch it, clean it up",
+    Rule("kubeflow.org", "experiments", _OWN, "search as a Katib Experiment: start it, watch it, clean it up",
          needs="experiments"),
     Rule("kubeflow.org", "trials", _READ, "how each trial of an Experiment ended", needs="experiments"),
     Rule("kubeflow.org", "suggestions", _READ, "why an Experiment does not begin: only its Suggestion says so",
          needs="experiments"),
-    Rule("batch", "jobs", _RUN, "stages as Jobs: start them, watch them, clean them up"),
+    Rule("batch", "jobs", _OWN, "stages as Jobs: start them, watch them, clean them up"),
     Rule("", "pods", (*_READ, "delete"), "which pod waits or failed, and why; pods of a job that is given up are removed"),
     Rule("", "pods/log", ("get",), "the output of what runs, and the last words of what failed"),
     Rule("", "events", _READ, "why a pod does not start: no room, no image, refused by a policy"),
