@@ -29,6 +29,7 @@ Objects = list[Object]
 _T = TypeVar("_T")
 _CONNECT_S = 5.0
 _READ_S = 30.0
+_LEAST_READ_S = 10.0
 _PAGE = 500
 # A line of a pod's output that is longer comes in pieces.
 _LONGEST_LINE = 65536
@@ -47,13 +48,16 @@ _HINTS = {
     404: "`millrace doctor --cluster` says which parts the cluster lacks",
     409: "somebody else changed or made the same object: look at it with kubectl, and try again",
 }
+BAD_CERTIFICATE = "BadCertificate"
+_UNTRUSTED = "put the certificate that signs the server's into the kubeconfig: certificate-authority-data"
 
 
 class ApiError(MillraceError):
     """What the API server refused, or that it did not answer (status 0)."""
 
     def __init__(self, status: int, reason: str, message: str, retry_after: float = 0.0) -> None:
-        super().__init__(message or f"the API server says {status} {reason}", _HINTS.get(status, ""))
+        hint = _UNTRUSTED if reason == BAD_CERTIFICATE else _HINTS.get(status, "")
+        super().__init__(message or f"the API server says {status} {reason}", hint)
         self.status = status
         self.reason = reason
         self.retry_after = retry_after
@@ -210,6 +214,8 @@ class Api:
         found: Objects = []
         while True:
             page = self.request("GET", address, query, within_s=within_s)
+            if "metadata" not in page:
+                raise ApiError(0, "BadAnswer", f"GET {address}: the answer is no list")
             for item in page.get("items") or []:
                 # Members of a list do not say what they are.
                 found.append({"apiVersion": kinds.KINDS[kind].version, "kind": kind, **slim(item)})
@@ -344,7 +350,9 @@ class Api:
 
         def attempt() -> Object:
             content = json.dumps(body).encode() if body is not None else None
-            response = self._open(method, address, query or {}, content, min(_READ_S, max(within_s, _CONNECT_S)), True)
+            response = self._open(
+                method, address, query or {}, content, min(_READ_S, max(within_s, _LEAST_READ_S)), True
+            )
             try:
                 found = json.loads(response.data)
             except ValueError:
@@ -357,7 +365,7 @@ class Api:
         """Is it worth another try: no answer, busy, restarting, or refusing because it has only just started?"""
         if error.status in (401, 403):
             return time.monotonic() - self._down_at < _WAKING_S
-        return error.reason != "BadCertificate" and error.status in (0, 408, 429, 500, 502, 503, 504)
+        return error.reason != BAD_CERTIFICATE and error.status in (0, 408, 429, 500, 502, 503, 504)
 
     def _patiently(self, attempt: Callable[[], _T], within_s: float) -> _T:
         end, backoff = time.monotonic() + within_s, Backoff()
@@ -428,7 +436,7 @@ def _unreachable(error: Exception) -> ApiError:
     cause: object = error
     while isinstance(cause, BaseException):
         if isinstance(cause, ssl.SSLCertVerificationError):
-            return ApiError(0, "BadCertificate", f"the API server's certificate is not trusted: {cause.verify_message}")
+            return ApiError(0, BAD_CERTIFICATE, f"the API server's certificate is not trusted: {cause.verify_message}")
         cause = cause.__cause__ or (cause.args[0] if cause.args else None)
     return ApiError(0, type(error).__name__, f"the API server does not answer: {type(error).__name__}")
 

@@ -124,7 +124,7 @@ class _State:
         try:
             items, version = self.api.listing(
                 self.kind, label_selector=self.selectors["labelSelector"],
-                field_selector=self.selectors["fieldSelector"], namespace=self.namespace, within_s=5.0,
+                field_selector=self.selectors["fieldSelector"], namespace=self.namespace, within_s=0.0,
             )  # fmt: skip
         except ApiError as error:
             if error.status == 410:  # the list changed too much between two of its pages
