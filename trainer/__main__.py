@@ -2,6 +2,7 @@
 
 python -m trainer STAGE --params params.yaml --in NAME=URI --out NAME=URI [section.key=value ...]
 python -m trainer STAGE --executor-input '{{$}}'          # inside Kubeflow Pipelines
+python -m trainer trial --params env:MILLRACE_PARAMS --in dataset=URI train.lr=0.01   # for Katib
 python -m trainer configure --executor-input '{{$}}'      # before the stages; finish: after them
 python -m trainer doctor                                  # is this machine, or image, fit to run stages?
 """
@@ -61,7 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,  # `--retr 1` would not be taken from the command line of the child that is retried
         )
-        sub.add_argument("--params", metavar="FILE", help="params.yaml; without it, the defaults")
+        sub.add_argument(
+            "--params", metavar="FILE", help="params.yaml, or env:NAME for the text in a variable; else the defaults"
+        )
         sub.add_argument("--in", dest="inputs", metavar="NAME=URI", action="append", default=[], help="an input folder")
         sub.add_argument(
             "--out", dest="outputs", metavar="NAME=URI", action="append", default=[], help="an output folder"
@@ -93,6 +96,12 @@ def build_parser() -> argparse.ArgumentParser:
             "--log-format", choices=("text", "json"), default="text", help="lines for people or for machines"
         )
         sub.add_argument("overrides", metavar="section.key=value", nargs="*", help="override a parameter")
+    text = "train once with some values and print the metric, for Katib"
+    sub = stages.add_parser("trial", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+    sub.add_argument("--params", metavar="FILE", required=True, help="params.yaml, or env:NAME")
+    sub.add_argument("--in", dest="inputs", metavar="NAME=URI", action="append", default=[], help="dataset=URI")
+    sub.add_argument("overrides", metavar="section.key=value", nargs="*", help="a value of the trial")
+    sub.set_defaults(log_format="text")
     text = "say what this machine or image can run, and what is wrong with it"
     sub = stages.add_parser(
         "doctor", help=text, description=f"{text[0].upper()}{text[1:]}; exit with 2 if anything is."
@@ -206,6 +215,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.stage in AROUND:
             around: Callable[..., int] = plugins.load(f"{AROUND[args.stage][1]}:run")
             return around(args.executor_input, args.overrides)
+        if args.stage == "trial":
+            from trainer.config.load import load
+            from trainer.tune import trial
+
+            return trial.run(load(args.params, args.overrides), parse_ports(args.inputs, "--in"))
         # OpenMP's idle threads spin for milliseconds by default, which slows training tenfold on shared cores.
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
         return run_stage(args)

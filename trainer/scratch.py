@@ -21,6 +21,8 @@ from trainer.errors import StorageError
 
 # How long to wait for a run that is just ending.
 PATIENCE_S = 5.0
+# In a training job no other process is at work, but a file server may keep the lock of a machine that was lost.
+JOB_PATIENCE_S = 120.0
 # Killed runs with other parameters may still be taken up again; not after so long.
 STALE_S = 7 * 24 * 3600.0
 _LOCK = "lock"
@@ -44,10 +46,11 @@ def held(name: str, fingerprint: str, output: str, place: str = "") -> Iterator[
     Raises:
         StorageError: another process runs the same stage on the same inputs with the same parameters.
     """
-    root = storage.local_path(place) if place else _beside(output)
-    folder, was_there = root / f"{name}-{fingerprint}", root.exists()
+    folder = folder_of(name, fingerprint, output, place)
+    root = folder.parent
+    was_there = root.exists()
     with storage.explained(folder):
-        descriptor = _wait_for_lock(folder, PATIENCE_S)
+        descriptor = _wait_for_lock(folder, PATIENCE_S if "PET_NNODES" not in os.environ else JOB_PATIENCE_S)
     if descriptor is None:
         message = f"{folder}: another process runs this stage with the same parameters"
         raise StorageError(message, "wait for it, or end it; or give this run another --scratch=FOLDER")
@@ -64,6 +67,12 @@ def held(name: str, fingerprint: str, output: str, place: str = "") -> Iterator[
         if not (place and was_there):
             with suppress(OSError):
                 root.rmdir()  # if nothing else is in it
+
+
+def folder_of(name: str, fingerprint: str, output: str, place: str = "") -> Path:
+    """Where the scratch folder of a run is; arguments as for `held`."""
+    root = storage.local_path(place) if place else _beside(output)
+    return root / f"{name}-{fingerprint}"
 
 
 def _wait_for_lock(folder: Path, patience: float) -> int | None:

@@ -12,7 +12,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
@@ -23,6 +23,7 @@ from trainer.artifacts.publish import building
 from trainer.config import Params
 from trainer.config.names import nearest
 from trainer.errors import ConfigError, GateRefused
+from trainer.parallel import nodes
 from trainer.record import Clock, make_record
 
 
@@ -198,6 +199,7 @@ def execute(
     _check_ports(stage, "--out", stage.outputs, outputs)
     clock = Clock()
     _check_apart(inputs, outputs)
+    first = next(iter(outputs.values()))
     for uri in filter(storage.is_remote, outputs.values()):
         storage.exists(uri)  # a missing driver or credentials are found before the work, not after it
     with tempfile.TemporaryDirectory(prefix="millrace-") as temporary:
@@ -208,7 +210,9 @@ def execute(
         sections = {section: tree[section] for section in stage.sections}
         targets = {port: _local_target(uri, cache / "out" / port) for port, uri in outputs.items()}
         fingerprint = _fingerprint(name, sections, manifests)
-        with scratches.held(name, fingerprint, next(iter(outputs.values())), scratch) as working:
+        if nodes.here().rank:
+            return _help(stage, Call(params, local, {}, scratches.folder_of(name, fingerprint, first, scratch)), cache)
+        with scratches.held(name, fingerprint, first, scratch) as working:
             with ExitStack() as stack, storage.explained(", ".join(outputs.values()), storage.UNWRITABLE):
                 folders = {port: stack.enter_context(building(target)) for port, target in targets.items()}
                 result: Result = plugins.load(stage.target)(Call(params, local, folders, working))
@@ -224,6 +228,15 @@ def execute(
                 after(local, targets, result)
     if result.gate_reason:
         raise GateRefused(result.gate_reason, metrics=result.metrics)
+    return result
+
+
+def _help(stage: Stage, call: Call, cache: Path) -> Result:
+    """Take part in a stage that runs on several nodes; the first of them publishes its outputs, and holds the scratch."""
+    outputs = {port: cache / "help" / port for port in stage.outputs}
+    for folder in outputs.values():
+        folder.mkdir(parents=True)
+    result: Result = plugins.load(stage.target)(replace(call, outputs=outputs))
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from trainer.errors import ConfigError
 
 MAX_LINES = 10
 COMMAND_LINE = "command line"
+# `--params env:NAME`: pods get their configuration in a variable, which needs no file and no quoting.
+ENVIRONMENT = "env:"
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:
@@ -28,7 +31,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read, holds nothing, or is no mapping of sections.
     """
-    tree = parse_yaml(read_text(Path(path)), str(path))
+    tree = parse_yaml(_text_of(str(path)), str(path))
     if tree is None:
         raise ConfigError(
             f"{path}: empty", "write it with `millrace preset use text-classify`, or write {} for defaults"
@@ -36,6 +39,18 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping of sections", "start lines with a section such as `train:`")
     return dict(plain(tree))
+
+
+def _text_of(path: str) -> str:
+    """The text of a file, or of the environment variable that `env:NAME` names."""
+    if not path.startswith(ENVIRONMENT):
+        return read_text(Path(path))
+    name = path.removeprefix(ENVIRONMENT)
+    if name not in os.environ:
+        raise ConfigError(
+            f"--params {path}: there is no such environment variable", f"set {name} to a params.yaml's text"
+        )
+    return os.environ[name]
 
 
 def parse_override(word: str) -> tuple[str, Any]:

@@ -24,6 +24,12 @@ class Unanswered(MillraceError):
         self.last = last
 
 
+class PeerLost(MillraceError):
+    """The connection to another rank has ended: that rank, or its whole node, is gone."""
+
+    exit_code = 128 + signal.SIGKILL
+
+
 class Arrivals:
     """The counts, an int64 for each rank; each rank writes only its own.
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -17,12 +18,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from trainer.parallel.arrivals import Arrivals, Unanswered
+from trainer.parallel.arrivals import Arrivals, PeerLost, Unanswered
+from trainer.parallel.nodes import GENERATION
 
 # Gradients are summed in flat pieces of about this many bytes: few collectives, bounded extra memory.
 BUCKET_BYTES = 25 << 20
+# Ranks that wait for the same collective give up within a second of each other.
+SILENT_S = 5.0
 HINT = (
     "look at what it waits for (a disk, a network, a debugger); if it is only slow, raise parallel.timeout_s; the same "
     "command resumes from the newest checkpoint"
@@ -168,11 +172,13 @@ def process_group(backend: str, timeout_s: float, device: torch.device, arrivals
     """
     global _arrivals
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    generation = os.environ.get(GENERATION, "")
+    attempt = generation or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     chosen = backend if backend != "auto" else "nccl" if device.type == "cuda" else "gloo"
     _arrivals = Arrivals(arrivals, rank, int(attempt)) if arrivals else None
     timeout = timedelta(seconds=timeout_s)
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store: Store | None = None
     try:
         store = TCPStore(
             os.environ["MASTER_ADDR"],
@@ -190,18 +196,41 @@ def process_group(backend: str, timeout_s: float, device: torch.device, arrivals
         finally:
             dist.destroy_process_group()
     except RuntimeError as error:
-        if not _is_timeout(error):
+        if not _is_of_group(error):
             raise
-        last = _arrivals.last() if _arrivals else []
-        raise Unanswered(f"rank {rank}: a collective took longer than {timeout_s:g} s", HINT, last) from error
+        if _is_timeout(error):
+            last = _arrivals.last() if _arrivals else _silent(store, f"silent{attempt}", rank, size)
+            raise Unanswered(f"rank {rank}: a collective took longer than {timeout_s:g} s", HINT, last) from error
+        if not generation:
+            raise
+        message = f"rank {rank}: lost the connection to another rank: {str(error).splitlines()[0]}"
+        raise PeerLost(message, "the same command resumes from the newest checkpoint") from error
     finally:
         _arrivals = None
 
 
-def _is_timeout(error: RuntimeError) -> bool:
-    """Whether this is the timeout of a collective or of the store; torch has no class for it."""
+def _is_of_group(error: RuntimeError) -> bool:
+    """Whether a collective or the store has failed; torch has no class for that."""
     frame = error.__traceback__
     while isinstance(frame, TracebackType) and frame.tb_next:
         frame = frame.tb_next
     module = str(frame.tb_frame.f_globals.get("__name__", "")) if frame else ""
-    return module.startswith((__name__, "torch.distributed")) and bool(re.search(r"(?i)time[d ]*out", str(error)))
+    return module.startswith(("trainer.parallel", "torch.distributed"))
+
+
+def _is_timeout(error: RuntimeError) -> bool:
+    return bool(re.search(r"(?i)time[d ]*out", str(error)))
+
+
+def _silent(store: Store | None, prefix: str, rank: int, size: int) -> list[int]:
+    """The ranks that do not give up as this one does: the others wait for them. Ranks of several nodes share no memory."""
+    if store is None:
+        return []
+    end = time.monotonic() + SILENT_S
+    missing = list(range(size))
+    with suppress(RuntimeError):
+        store.set(f"{prefix}/{rank}", "1")
+        while missing and time.monotonic() < end:
+            missing = [other for other in missing if not store.check([f"{prefix}/{other}"])]
+            time.sleep(0.1)
+    return missing

@@ -1,4 +1,5 @@
-"""Run the stage `train` on several local ranks: torchrun in a process group of its own, with errors and exit codes kept.
+"""Train on several ranks, of this machine or of several pods: torchrun in a process group of its own, with errors and
+exit codes kept.
 
 SIGTERM is passed on to the ranks, which write a checkpoint. Nothing is left behind: the agent ends with this process,
 the ranks end with the agent.
@@ -11,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,13 +23,17 @@ from typing import Any
 import trainer
 from trainer import errors, storage
 from trainer.errors import EXIT_FAILURE, EXIT_PREEMPTED, MillraceError, Preempted
-from trainer.parallel import arrivals
+from trainer.parallel import arrivals, nodes
 from trainer.stage import Call, Result
 
 SPEC, RESULT, FAILURES, ERRORS, ARRIVALS = "spec.json", "result.json", "failures.json", "errors", "arrivals"
 # Kinds of errors that another attempt may not meet again.
 TRACEBACK, UNANSWERED = "traceback", arrivals.Unanswered.__name__
-TRANSIENT = (TRACEBACK, UNANSWERED, Preempted.__name__)
+# Kinds that tell of another node's end, or of an order from outside, not of a fault here.
+FROM_OUTSIDE = (UNANSWERED, arrivals.PeerLost.__name__, Preempted.__name__)
+TRANSIENT = (TRACEBACK, *FROM_OUTSIDE)
+# In place of a rank, where torchrun itself has an error.
+AGENT = -1
 
 
 class RankFailed(MillraceError):
@@ -38,26 +44,44 @@ class RankFailed(MillraceError):
         self.exit_code = exit_code
 
 
-def launch(call: Call) -> Result:
-    """Train on `params.train.processes` ranks and give back what rank 0 returned.
+def launch(call: Call, target: str = "trainer.train.produce:train") -> Result:
+    """Train on `params.train.processes` ranks of each node and give back what rank 0 returned.
+
+    On other nodes than the first the result is empty: nothing is made there.
+
+    Args:
+        call: the stage's call.
+        target: function `Call -> Result` that each rank calls.
 
     Raises:
         MillraceError: as a rank raised it.
         RankFailed: a rank was killed, hung, or met an unexpected error, more often than `parallel.max_restarts` allows.
     """
-    place = call.scratch / "ranks"
-    storage.remove(place)
-    (place / ERRORS).mkdir(parents=True)
+    node = nodes.here()
+    if node.count == 1:
+        place = call.scratch / "ranks"
+        storage.remove(place)
+        place.mkdir(parents=True)
+        return _launch(call, target, place, node)
+    # Not in the scratch folder, which all nodes share.
+    with tempfile.TemporaryDirectory(prefix="millrace-ranks-") as own:
+        return _launch(call, target, Path(own), node)
+
+
+def _launch(call: Call, target: str, place: Path, node: nodes.Node) -> Result:
+    (place / ERRORS).mkdir()
     spec = {
+        "target": target,
         "params": call.params.model_dump(mode="json"),
         "inputs": {name: str(Path(path).absolute()) for name, path in call.inputs.items()},
         "outputs": {name: str(Path(path).absolute()) for name, path in call.outputs.items()},
         "scratch": str(call.scratch.absolute()),
     }
     (place / SPEC).write_text(json.dumps(spec), encoding="utf-8")
-    arrivals.create(place / ARRIVALS, call.params.train.processes)
+    if node.count == 1:
+        arrivals.create(place / ARRIVALS, call.params.train.processes)
     arguments = [
-        "--standalone",
+        *_meeting(node),
         f"--nproc-per-node={call.params.train.processes}",
         f"--max-restarts={call.params.parallel.max_restarts}",
         "--monitor-interval=0.1",
@@ -65,7 +89,7 @@ def launch(call: Call) -> Result:
         "trainer.train.worker",
         str(place.absolute()),
     ]
-    command = [sys.executable, "-m", "trainer.parallel.agent", str(os.getpid()), str(place.absolute() / FAILURES)]
+    command = [sys.executable, "-m", "trainer.parallel.agent", str(os.getpid()), str(place.absolute())]
     terminated = False
     process = subprocess.Popen([*command, *arguments], env=_environment(), start_new_session=True)
     try:
@@ -77,10 +101,19 @@ def launch(call: Call) -> Result:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    if process.returncode == 0 and node.rank:
+        return Result()
     if process.returncode == 0:
         content = json.loads((place / RESULT).read_text(encoding="utf-8"))
         return Result(**content | {"volatile": tuple(content["volatile"])})
     raise explain(place, process.returncode, terminated)
+
+
+def _meeting(node: nodes.Node) -> list[str]:
+    """Options of torchrun for where its nodes meet: here, or in our lobby."""
+    if node.count == 1:
+        return ["--standalone"]
+    return [f"--nnodes={node.count}", "--rdzv-backend=millrace", f"--rdzv-endpoint={node.host}:{node.port}"]
 
 
 def _environment() -> dict[str, str]:
@@ -120,7 +153,7 @@ def explain(place: Path, status: int, terminated: bool) -> MillraceError:
     found = read_errors(place)
     for rank in sorted(found, key=lambda rank: (found[rank]["exit_code"] == EXIT_PREEMPTED, rank)):
         error = found[rank]
-        if error["kind"] not in (TRACEBACK, UNANSWERED):
+        if error["kind"] not in (TRACEBACK, UNANSWERED, arrivals.PeerLost.__name__):
             return _rebuild(error)
     if terminated:
         return Preempted("train: SIGTERM before a checkpoint could be written", "run the same command again")
@@ -128,6 +161,9 @@ def explain(place: Path, status: int, terminated: bool) -> MillraceError:
         return _hung(place, found)
     hint = "SIGKILL often means too little memory; the same command resumes from the newest checkpoint"
     codes = _exit_codes(place)
+    lost = [error for error in found.values() if error["kind"] == arrivals.PeerLost.__name__]
+    if lost and not any(code < 0 for code in codes.values()):
+        return RankFailed(lost[0]["message"], lost[0]["hint"], lost[0]["exit_code"])
     # The agent ends the survivors of a dead rank by SIGTERM, and their collectives fail: any other signal is the cause.
     for rank, code in sorted(codes.items()):
         if code < 0 and code != -signal.SIGTERM:
@@ -148,7 +184,7 @@ def _hung(place: Path, found: dict[int, dict[str, Any]]) -> RankFailed:
     missing = {rank for error in waited.values() for rank in error["last"]} - set(waited)
     if not missing:
         params = json.loads((place / SPEC).read_text(encoding="utf-8"))["params"]
-        missing = set(range(params["train"]["processes"])) - set(found)
+        missing = set(range(params["train"]["processes"] * nodes.here().count)) - set(found)
     first = waited[min(waited)]
     if not missing:
         who = "no rank is known to have stopped: the connection between them may have"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from trainer.parallel import nodes
 from trainer.stage import Call, Result
 
 
 def run(call: Call) -> Result:
-    """Train in this process, or on `train.processes` local ranks under torchrun.
+    """Train in this process, or under torchrun on `train.processes` local ranks of each node that trains along.
 
     Raises:
         MillraceError: bad parameters or data, divergence, preemption, a dead rank.
     """
     # Each imports what it needs: a launcher has no use for torch.
-    if call.params.train.processes > 1:
+    if call.params.train.processes > 1 or nodes.here().count > 1:
         from trainer.parallel.launch import launch
 
         return launch(call)

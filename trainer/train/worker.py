@@ -1,4 +1,4 @@
-"""One rank of a local launch: `torchrun … --module trainer.train.worker PLACE`, started by `trainer.parallel.launch`."""
+"""One rank of a launch: `torchrun … --module trainer.train.worker PLACE`, started by `trainer.parallel.launch`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from trainer import storage
+from trainer import plugins, storage
 from trainer.config.load import validate
+from trainer.parallel import nodes
 from trainer.parallel.agent import die_with
 from trainer.parallel.launch import ARRIVALS, RESULT, SPEC, TRANSIENT, forget_error, read_errors, write_error
 from trainer.stage import Call
@@ -37,15 +38,18 @@ def main(place: Path) -> int:
 def train(place: Path, rank: int) -> None:
     """Join the process group, train, and leave the result."""
     from trainer.parallel.group import process_group
+    from trainer.parallel.preflight import preflight
     from trainer.train.device import choose
-    from trainer.train.produce import train
 
     spec = json.loads((place / SPEC).read_text(encoding="utf-8"))
     params = validate(spec["params"], "params")
     inputs, outputs = ({name: Path(path) for name, path in spec[key].items()} for key in ("inputs", "outputs"))
     parallel = params.parallel
-    with process_group(parallel.backend, parallel.timeout_s, choose(params.train.device), place / ARRIVALS):
-        result = train(Call(params, inputs, outputs, Path(spec["scratch"])))
+    device, several = choose(params.train.device), nodes.here().count > 1
+    with process_group(parallel.backend, parallel.timeout_s, device, None if several else place / ARRIVALS):
+        if several and os.environ.get(nodes.PREFLIGHT):
+            preflight(device, parallel.timeout_s)
+        result = plugins.load(spec["target"])(Call(params, inputs, outputs, Path(spec["scratch"])))
     if rank == 0:
         storage.write_atomic(place / RESULT, json.dumps(asdict(result)).encode())
 

@@ -70,7 +70,7 @@ def run(call: Call) -> Result:
     return Result(metrics, {"tuning": {"enabled": True, "params": best["params"], "metric": tune.metric}}, VOLATILE)
 
 
-def train_once(params: Params, dataset: Dataset, values: Values, report: Report, scratch: Path) -> float:
+def train_once(params: Params, dataset: Dataset, values: Values, report: Report, scratch: Path | None) -> float:
     """Train with the values set and return the best value of the metric; a trial's objective.
 
     Args:
@@ -78,7 +78,7 @@ def train_once(params: Params, dataset: Dataset, values: Values, report: Report,
         dataset: what to train on.
         values: dotted key -> value.
         report: told the metric after each evaluation.
-        scratch: the trial's own folder for checkpoints; removed when it is done.
+        scratch: the trial's own folder for checkpoints, removed when it is done; None keeps none.
     """
     from trainer import models, tasks
     from trainer.tasks.wrapped import FewerRows
@@ -103,7 +103,7 @@ def train_once(params: Params, dataset: Dataset, values: Values, report: Report,
         done = False
         raise
     finally:
-        if done:
+        if done and scratch:
             storage.remove(scratch)
 
 

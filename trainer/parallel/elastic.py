@@ -1,0 +1,81 @@
+"""torchrun's agent in a pod that trains with others: it meets them in our lobby, and knows whose fault an end is.
+
+Ranks that fail because another node is gone are no failure of this node: they do not count towards
+`parallel.max_restarts`. A permanent error (a wrong parameter, divergence) is not tried again at all.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
+from torch.distributed.launcher import api
+
+from trainer import log
+from trainer.parallel import nodes
+from trainer.parallel.launch import FROM_OUTSIDE, TRANSIENT, read_errors
+from trainer.parallel.lobby import BACKEND, Lobby
+
+# Ranks whose peer is gone hang in a collective and cannot save: they are ended after so many seconds.
+STOP_S = 3
+# The last ranks write the model; a node that is not back after so long has been lost.
+EXIT_BARRIER_S = 60.0
+# Generations that end within `QUICK_S`, one after the other: the cause is not that nodes come and go.
+QUICK, QUICK_S = 10, 30.0
+
+
+def install(place: Path) -> None:
+    """Have torchrun use this agent and the lobby. `place` is the launch's folder, see `trainer.parallel.launch`."""
+
+    class Agent(_Agent):
+        where = place
+
+    rendezvous_handler_registry.register(BACKEND, _lobby)
+    api.LocalElasticAgent = Agent  # type: ignore[attr-defined]  # what launch_agent makes; it takes no other
+
+
+def _lobby(parameters: RendezvousParameters) -> Lobby:
+    return Lobby(nodes.here())
+
+
+class _Agent(LocalElasticAgent):
+    """The agent of one node. Overrides what torch's own (2.11 to 2.15) does after a failure."""
+
+    where: Path
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options, exit_barrier_timeout=EXIT_BARRIER_S)
+        self._started = time.monotonic()
+        self._quick = 0
+
+    def _initialize_workers(self, worker_group: Any) -> None:
+        super()._initialize_workers(worker_group)
+        self._started = time.monotonic()
+
+    def _stop_workers(self, worker_group: Any) -> None:
+        self._shutdown(timeout=STOP_S)
+
+    def _monitor_workers(self, worker_group: Any) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
+            self._remaining_restarts = self._judge([failure.exitcode for failure in result.failures.values()])
+        return result
+
+    def _judge(self, exit_codes: list[int]) -> int:
+        """Restarts that remain before torchrun takes one for this failure."""
+        remaining = int(self._remaining_restarts)
+        found = list(read_errors(self.where).values())
+        if any(error["kind"] not in TRANSIENT for error in found):
+            return 0
+        self._quick = self._quick + 1 if time.monotonic() - self._started < QUICK_S else 0
+        # A rank that a signal has ended writes nothing; torchrun itself ends the others by SIGTERM.
+        own = any(code < 0 and code != -signal.SIGTERM for code in exit_codes)
+        if own or not found or self._quick > QUICK or any(error["kind"] not in FROM_OUTSIDE for error in found):
+            return remaining
+        log.say(f"node {nodes.here().rank}: {found[0]['message'].splitlines()[0]}; waiting for all nodes")
+        return remaining + 1
