@@ -49,7 +49,7 @@ class _Agent(LocalElasticAgent):
     where: Path
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options, exit_barrier_timeout=EXIT_BARRIER_S)
+        super().__init__(*args, **{**options, "exit_barrier_timeout": EXIT_BARRIER_S})
         self._started = time.monotonic()
         self._quick = 0
 
@@ -61,7 +61,7 @@ class _Agent(LocalElasticAgent):
         self._shutdown(timeout=STOP_S)
 
     def _monitor_workers(self, worker_group: Any) -> RunResult:
-        result = super()._monitor_workers(worker_group)
+        result: RunResult = super()._monitor_workers(worker_group)
         if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
             self._remaining_restarts = self._judge([failure.exitcode for failure in result.failures.values()])
         return result
