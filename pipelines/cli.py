@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from pipelines import cli_kfp
+from pipelines import cli_kfp, cli_render
 from trainer import __version__
 from trainer.errors import EXIT_CODES, ConfigError, redact
 
@@ -62,6 +62,7 @@ def build_parser() -> Parser:
     _add_report(command)
     _add_config(command)
     cli_kfp.add_commands(command)
+    cli_render.add_command(command)
     _add_doctor(command)
     command("version", "print the version", "version")
     return parser
@@ -227,7 +228,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(words)
     from trainer.__main__ import exit_status
 
-    module = cli_kfp.COMMANDS.get(args.handler, "pipelines.commands")
+    modules = {**cli_kfp.COMMANDS, "render": cli_render.MODULE}
+    module = modules.get(args.handler, "pipelines.commands")
     handler: Callable[[argparse.Namespace], int] = getattr(importlib.import_module(module), args.handler)
     return exit_status(lambda: handler(args))
 

@@ -20,7 +20,6 @@ from trainer.errors import EXIT_BAD_INPUT, EXIT_OK, ConfigError
 # Where a field of an object comes from: the first pattern that its path matches -> the key of params.yaml.
 _KEYS = (
     (r"metadata\.name", "--name"),
-    (r"(.*\.)?Master(\..*)?", "cluster.job.master"),
     (r"(.*\.)?(env|variables)\..*", "cluster.job.env"),
     (r"(.*\.)?image", "cluster.image_prefix"),
     (r"(.*\.)?(shm|sizeLimit)", "cluster.shm"),
@@ -50,6 +49,7 @@ _KEYS = (
     (r"spec\.parameters\.(?P<rest>.+)", "tune.space.{rest}"),
     (r"(spec\.parameters|spec\.trialTemplate\.trialParameters)(\..*)?", "tune.space"),
     (r"(.*\.)?args", "cluster.store"),
+    (r"(.*\.)?Master(\..*)?", "cluster.job.master"),
 )
 _COMPILED = tuple((re.compile(pattern), key) for pattern, key in _KEYS)
 
