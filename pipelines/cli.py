@@ -95,10 +95,21 @@ def _add_run(command: Command) -> None:
     sub.add_argument(
         "--engine",
         metavar="ENGINE",
-        choices=("laptop", "docker"),
+        choices=("laptop", "docker", "kubernetes"),
         default="laptop",
-        help="laptop: processes; docker: the images, by Docker or podman, always all stages (default: laptop)",
+        help="laptop: processes; docker: the images, by Docker or podman, always all stages; kubernetes: jobs of the "
+        "cluster that KUBECONFIG names, without Kubeflow Pipelines (default: laptop)",
     )
+    cluster = sub.add_argument_group("with --engine kubernetes (a RUN that is not named is the newest)")
+    cluster.add_argument("--namespace", metavar="NAME", help="where its jobs run (default: that of the kubeconfig)")
+    cluster.add_argument("--detach", action="store_true", help="start it and do not wait")
+    for name, help in (
+        ("attach", "come back to a run: Ctrl-C leaves it to itself"),
+        ("resume", "go on with a run that failed or was stopped, with the parameters that it had"),
+        ("cancel", "end a run and remove its jobs; what it stored stays"),
+    ):
+        cluster.add_argument(f"--{name}", metavar="RUN", nargs="?", const="", help=help)
+    cluster.add_argument("--runs", action="store_true", help="list the runs")
 
 
 def _add_new(command: Command) -> None:

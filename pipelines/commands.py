@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import project
-from pipelines.dvcfile import CONTAINERS, OUT
+from pipelines.dvcfile import CONTAINERS, KUBERNETES, OUT
 from trainer import __version__, presets, storage
 from trainer.config import Params
 from trainer.config.load import dump, load
@@ -34,14 +34,28 @@ def run(args: Namespace) -> int:
     from pipelines import local
     from trainer.stage import STAGES
 
-    known = ["raw", *(["configure"] if args.engine == "docker" else []), *STAGES]
+    known = {"laptop": ["raw"], "docker": ["raw", "configure"], "kubernetes": []}[args.engine] + list(STAGES)
     if args.until and args.until not in known:
         raise ConfigError(f"--until {args.until}: no such stage; {nearest(args.until, known)}", "correct the name")
+    if args.engine != "kubernetes":
+        _refuse_cluster_words(args)
     if args.engine == "docker":
         from pipelines import containers
 
         return containers.run(args.overrides, until=args.until or "")
+    if args.engine == "kubernetes":
+        from pipelines import kubernetes_engine
+
+        return kubernetes_engine.run(args)
     return local.run(args.overrides, force=args.force, only=[args.until] if args.until else None)
+
+
+def _refuse_cluster_words(args: Namespace) -> None:
+    for name in ("namespace", "attach", "resume", "cancel", "detach", "runs"):
+        if getattr(args, name) not in (None, False):
+            raise ConfigError(
+                f"--{name}: is for --engine kubernetes", f"add --engine kubernetes, or leave --{name} out"
+            )
 
 
 def new(args: Namespace) -> int:
@@ -238,8 +252,10 @@ def _version_line(row: dict[str, Any]) -> str:
 
 def report(args: Namespace) -> int:
     """`millrace report`: the path on stdout, for a person or another program."""
-    # Of the laptop engine's run or of the container engine's, whichever was later.
-    paths = [Path(OUT) / "evaluation" / "report.html", Path(CONTAINERS) / "latest" / "evaluation" / "report.html"]
+    # Of the run of one of the engines, whichever was later.
+    paths = [
+        Path(folder) / "evaluation" / "report.html" for folder in (OUT, f"{CONTAINERS}/latest", f"{KUBERNETES}/latest")
+    ]
     found = [path for path in paths if path.is_file()]
     if not found:
         raise ArtifactError(f"{paths[0]}: no such file", "make one: millrace run")

@@ -34,6 +34,7 @@ HEADER = """\
 """
 OUT = "out"
 CONTAINERS = f"{OUT}/containers"  # of the container engine; DVC knows nothing of it
+KUBERNETES = f"{OUT}/kubernetes"  # of the cluster engine, likewise
 RAW = "data/raw"
 BUILTIN = "builtin:"
 # Their verdict depends on the registry as well as on what DVC tracks.

@@ -28,7 +28,9 @@ from trainer.errors import ConfigError, DataError, MillraceError
 
 PARAMS = "params.yaml"
 CONFIG = "[core]\n    analytics = false\n    check_update = false\n    autostage = false\n"
-IGNORED_BY_DVC = "# Folders in which DVC looks for nothing.\n.venv\nregistry\nout/.scratch\nout/containers\n"
+IGNORED_BY_DVC = (
+    "# Folders in which DVC looks for nothing.\n.venv\nregistry\nout/.scratch\nout/containers\nout/kubernetes\n"
+)
 IGNORED_BY_GIT = "/out/\n/registry/\n/data/raw/\n/dvc_plots/\n"
 LOCAL_DVC_FILES = "/config.local\n/tmp\n/cache\n"
 
@@ -131,13 +133,18 @@ def configure(folder: Path, overrides: list[str]) -> Params:
     path = folder / PARAMS
     params = load(path, overrides)
     text = dvcfile.render(params)
-    if overrides:
-        before = read_tree(path)
-        tree = apply_overrides(before, overrides)
-        if tree != before:
-            storage.write_atomic(path, edit(path.read_text(encoding="utf-8"), tree).encode())
+    write_params(folder, overrides)
     dvcfile.write(folder, text)
     return params
+
+
+def write_params(folder: Path, overrides: list[str]) -> None:
+    """Write overrides, which are right, into a project's params.yaml, and nothing else."""
+    path = folder / PARAMS
+    before = read_tree(path)
+    tree = apply_overrides(before, overrides)
+    if tree != before:
+        storage.write_atomic(path, edit(path.read_text(encoding="utf-8"), tree).encode())
 
 
 def edit(text: str, tree: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from pipelines.dvcfile import OUT
 from trainer.errors import EXIT_CODES, MillraceError
-from trainer.storage import read_json
+from trainer.storage import is_remote, read_json
 
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
@@ -87,11 +87,11 @@ class Board:
         self._share: float | None = None
         self._frame = 0
 
-    def start(self, stage: str) -> None:
-        """A stage begins."""
+    def start(self, stage: str, ago_s: float = 0.0) -> None:
+        """A stage begins, or began some seconds ago."""
         self._flush_unchanged()
         self.ran.append(stage)
-        self._started, self._note, self._share = time.monotonic(), "", None
+        self._started, self._note, self._share = time.monotonic() - ago_s, "", None
         if self.live:
             self._draw(stage)
         else:
@@ -119,9 +119,9 @@ class Board:
         if self.live and stage:
             self._draw(stage)
 
-    def done(self, stage: str) -> None:
-        """The running stage is complete."""
-        took = seconds(time.monotonic() - self._started)
+    def done(self, stage: str, took_s: float | None = None) -> None:
+        """The running stage is complete, since now if its seconds are not given."""
+        took = seconds(time.monotonic() - self._started if took_s is None else took_s)
         self._line(self.paint("✓", "green"), stage, took, stage_summary(stage, self.out, room=self._room()))
 
     def restored(self, stage: str) -> None:
@@ -301,12 +301,13 @@ def _cell(key: str, value: Any) -> str:
 
 
 def last_screen(
-    folder: Path, paint: Paint, took: float, ran: int, *, champion: str | None = None, out: str = OUT
-) -> list[str]:
+    folder: Path, paint: Paint, took: float, ran: int, *, champion: str | None = None, out: str = OUT, there: str = "",
+    run: str = "run",
+) -> list[str]:  # fmt: skip
     """What was made, how good it is, the gate's decision and what to do next.
 
     `champion` is the present one (empty: none); without it, it is the one that the decision left. `out` is the folder,
-    inside `folder`, with an entry for each artifact.
+    inside `folder`, with an entry for each artifact; models that are not on this machine are `there`. `run` is the command.
     """
     made = folder / out
     metrics = read_json(made / "evaluation" / "metrics.json")
@@ -333,16 +334,17 @@ def last_screen(
         changed = f"The champion has changed since this was judged: it was {left or 'none'} then."
         lines += _wrap(f"{changed} `registry ls` tells all; run again to be compared with today's.", 2)
     lines += ["", f"  {paint('Made', 'bold')}"]
-    width = len(f"{out}/") + 24 + (9 if paint.on else 0)
+    width = max(len(f"{out}/") + 24, len(f"{there}/quantized") if there else 0) + (9 if paint.on else 0)
     for path, what in (("quantized", "the model that is served"), ("model", "its teacher"),
                        ("evaluation/report.html", "the whole run on a page")):  # fmt: skip
-        lines.append(f"    {paint(f'{out}/{path}', 'cyan'):<{width}}  {what}")
+        place = there if there and path in ("quantized", "model") else out
+        lines.append(f"    {paint(f'{place}/{path}', 'cyan'):<{width}}  {what}")
     task = (read_json(made / "dataset" / "manifest.json").get("meta") or {}).get("task", "classify")
     return [
         *lines,
         "",
         f"  {paint('Next', 'bold')}",
-        *_next(made, promotion, str(task), "run" if out == OUT else "run --engine docker"),
+        *_next(made, promotion, str(task), run),
     ]
 
 
@@ -360,6 +362,9 @@ def _next(out: Path, promotion: Mapping[str, Any], task: str, run: str) -> list[
             else (f"{run} tune.enabled=true tune.trials=20", "a search"),
             (f"registry promote {named}", "take it anyway"),
         ]
+    registry = str(promotion.get("registry") or "")
+    if not is_remote(registry) and not Path(registry).is_dir():  # on a volume of the cluster
+        steps = [step for step in steps if not step[0].startswith(("predict", "registry"))]
     name = program()
     return [f"    {name} {words:<36}{f'  # {why}' if why else ''}".rstrip() for words, why in steps]
 

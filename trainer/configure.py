@@ -30,6 +30,8 @@ from trainer.errors import EXIT_OK, ConfigError, redact
 from trainer.registry import Registry
 from trainer.views.markdown import code, prose, table
 
+# How the line begins that says so: a coordinator without Kubeflow reads it.
+NOTHING_NEW = "nothing new"
 _SSH_USER = re.compile(r"(?<=ssh://)[\w.-]+@")
 
 
@@ -89,7 +91,7 @@ def run(text: str, overrides: Sequence[str]) -> int:
         log.say(f"configure: {warning}")
     log.say(f"configure: data version {plan.data_version}")
     if not plan.proceed:
-        log.say(f"configure: nothing new: champion {plan.champion[0]} was trained on this version of the data")
+        log.say(f"configure: {NOTHING_NEW}: champion {plan.champion[0]} was trained on this version of the data")
     return EXIT_OK
 
 
