@@ -1,0 +1,157 @@
+"""Start a job and wait for its end: what it prints, how it stands, and one error that says why it failed.
+
+    outcome = run(Api.connect(), spec, [pytorchjob(spec)])
+
+A launcher that is killed loses nothing: the same call attaches to the job. One that gets SIGTERM takes the job with it.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from components.launch import submit
+from components.launch.api import Api, ApiError, Object
+from components.launch.logs import Out
+from components.launch.spec import JobSpec
+from components.launch.tracker import Progress, Signalled, Tracker
+from trainer import signals
+from trainer.errors import MillraceError
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended.
+
+    Attributes:
+        name: of the job.
+        ok: whether it succeeded.
+        reason: one word of the cluster's own; empty for a success.
+        message: what happened, for people.
+        hint: what to do about it.
+        exit_code: 0, the stage's own where it ended with a permanent one, else 1 or 2.
+        restarts: pods that had to be put in place again.
+        waited_s: seconds until all its pods ran.
+        ran_s: seconds from then on.
+    """
+
+    name: str
+    ok: bool
+    reason: str = ""
+    message: str = ""
+    hint: str = ""
+    exit_code: int = 0
+    restarts: int = 0
+    waited_s: float = 0.0
+    ran_s: float = 0.0
+
+    def check(self) -> None:
+        """Raise a JobFailed unless the job succeeded."""
+        if not self.ok:
+            raise JobFailed(self.message, self.hint, self.exit_code)
+
+
+class JobFailed(MillraceError):
+    """A job failed; the exit code is the stage's own where it is a permanent one."""
+
+    def __init__(self, message: str, hint: str, exit_code: int) -> None:
+        super().__init__(message, hint)
+        self.exit_code = exit_code
+
+
+class Stopped(MillraceError):
+    """A signal came, and the job was taken away (or left, if that was asked for)."""
+
+    def __init__(self, number: int, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.exit_code = 128 + number
+
+
+def run(
+    api: Api,
+    spec: JobSpec,
+    manifest: Sequence[Object],
+    *,
+    out: Out = print,
+    on_progress: Callable[[Progress], None] | None = None,
+    detach: bool = False,
+) -> Outcome:
+    """Start a job, or attach to it, and wait for its end.
+
+    Args:
+        api: the API server.
+        spec: what is asked for.
+        manifest: the job as it is rendered, after the objects that it refers to.
+        out: takes each line, from several threads: those of rank 0 as they are, ours about the job.
+        on_progress: told of the progress that rank 0 prints.
+        detach: leave the job running when a signal ends the launcher.
+
+    Raises:
+        ConfigError: another job of this name is there, and has not ended.
+        Stopped: SIGTERM, SIGINT or SIGHUP came.
+        ApiError: the API server refuses what the launcher needs, or was away for `API_PATIENCE_S`.
+    """
+    try:
+        with _signalled():
+            job = submit.attach(api, spec, manifest, out)
+            with Tracker(api, spec, job, out, on_progress) as tracker:
+                verdict = tracker.wait()
+            if verdict.state == "failed":
+                if tracker.terminal:
+                    # The job and its logs stay for their time to live; what still runs holds accelerators for nothing.
+                    submit.remove_pods(api, spec, tracker.living, out)
+                else:
+                    submit.remove(api, spec, manifest, out=out)
+    except Signalled as end:
+        if not detach:
+            _take_away(api, spec, manifest, out)
+        name = signal.Signals(end.number).name
+        what = "goes on without us" if detach else "was removed"
+        raise Stopped(
+            end.number, f"{name}: {spec.name} {what}", "the same command goes on from its checkpoint"
+        ) from None
+    history = tracker.history
+    waited = max((tracker.began_at or time.time()) - tracker.created, 0.0)
+    ok = verdict.state == "succeeded"
+    outcome = Outcome(
+        spec.name, ok, verdict.reason, f"{spec.stage}: {verdict.message}", verdict.hint, verdict.exit_code,
+        history.restarts, waited, history.ran_s,
+    )  # fmt: skip
+    again = f", {history.restarts} pods replaced" if history.restarts else ""
+    end_word = "succeeded" if ok else f"failed ({verdict.reason})"
+    out(f"{spec.name}: {end_word}: waited {waited:.0f} s, ran {history.ran_s:.0f} s{again}")
+    return outcome
+
+
+@contextmanager
+def _signalled() -> Iterator[None]:
+    """Raise `Signalled` at the first signal; later ones do not disturb the cleaning up. Only the main thread gets any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        for each in signals.END:
+            signal.signal(each, signal.SIG_IGN)
+        raise Signalled(number)
+
+    with signals.caught(handler, *signals.END):
+        yield
+
+
+def _take_away(api: Api, spec: JobSpec, manifest: Sequence[Object], out: Out) -> None:
+    """Delete what is ours, the request first: Kubeflow kills us 0.6 s after its SIGTERM."""
+    with signals.caught(lambda *_: None, *signals.END) if _is_main() else ExitStack():
+        try:
+            submit.remove(api, spec, manifest, out=out, within_s=20.0)
+        except ApiError as error:
+            out(f"{spec.name}: not removed: {error.message}")
+
+
+def _is_main() -> bool:
+    return threading.current_thread() is threading.main_thread()

@@ -1,0 +1,265 @@
+"""Watch one job from its first second to its end: its conditions, its pods, their refusals and what rank 0 prints."""
+
+from __future__ import annotations
+
+import queue
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from components.launch import judge, logs, observe, submit
+from components.launch.api import Api, Object
+from components.launch.judge import History, Verdict
+from components.launch.logs import Follower, Out
+from components.launch.observe import Pod
+from components.launch.spec import JobSpec
+from components.launch.watch import Change, Mirror
+
+# Seconds without an answer of the API server until we stop waiting; the job goes on, and can be attached to.
+API_PATIENCE_S = 3600.0
+_TICK_S = 1.0
+# What was missed in an outage arrives within this time of its end; deadlines are not judged before.
+_SETTLE_S = 2.0
+# A thousand pods that fail at once tell the same story.
+_MAX_TAILS = 8
+_REPEAT_S = 300.0
+# The other ranks of a failed training end within this time, and say more of the cause.
+_ENDING_S = 5.0
+_PROGRESS = re.compile(r"\S+ (\d+)/(\d+)\b(?:.*?\bloss ([-+.\deE]+))?")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the training is: steps done and in all, the loss if it was printed, and the seconds that are left."""
+
+    step: int
+    total: int
+    loss: float | None = None
+    left_s: float | None = None
+
+
+class Signalled(BaseException):
+    """A signal came; raised by its handler, from wherever the main thread waits."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def event_names(kind: str, name: str) -> list[str]:
+    """Names of the objects whose events tell of a job: its own, and that of the Job which a TrainJob's JobSet makes."""
+    return [name, f"{name}-node-0"] if kind == "TrainJob" else [name]
+
+
+@dataclass
+class Tracker:
+    """One job, its pods and their refusals, as they change. A context manager."""
+
+    api: Api
+    spec: JobSpec
+    start: Object
+    out: Out
+    on_progress: Callable[[Progress], None] | None
+    history: History = field(default_factory=History)
+    pods: dict[str, Pod] = field(default_factory=dict)
+    events: dict[str, Object] = field(default_factory=dict)
+    tails: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
+    began_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.job: Object | None = self.start
+        self.uid = self.start["metadata"]["uid"]
+        self.created = observe.seconds(self.start["metadata"].get("creationTimestamp"))
+        self._changes: queue.Queue[Change] = queue.Queue()
+        self._mirrors: list[Mirror] = []
+        self._follower: Follower | None = None
+        self._followed: tuple[str, int] = ("", 0)
+        self._told: tuple[str, float] = ("", 0.0)
+        self._lost = 0
+        self._quiet_until = 0.0
+        self._first: tuple[int, float] | None = None
+
+    def __enter__(self) -> Tracker:
+        name, place = self.spec.name, self.spec.namespace
+        asked = [
+            (self.start["kind"], {"field_selector": f"metadata.name={name}"}),
+            ("Pod", {"label_selector": submit.selector(name)}),
+            *(
+                ("Event", {"field_selector": f"involvedObject.name={each}"})
+                for each in event_names(self.start["kind"], name)
+            ),
+        ]
+        for kind, options in asked:
+            mirror = Mirror(self.api, kind, self._changes, namespace=place, patience_s=API_PATIENCE_S, **options)
+            self._mirrors.append(mirror)
+            mirror.__enter__()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._follower:
+            self._follower.close() if kind is None else self._follower.abandon()
+        # Threads that read may need a second to end; after a signal there is none.
+        if kind is not Signalled:
+            for mirror in self._mirrors:
+                mirror.close()
+
+    @property
+    def living(self) -> list[str]:
+        """Names of the pods that still hold a place on a node."""
+        return [name for name, pod in self.pods.items() if pod.living]
+
+    @property
+    def terminal(self) -> bool:
+        """Whether the job itself says that it has ended."""
+        return self.job is not None and observe.condition(self.job)[0] in ("succeeded", "failed")
+
+    def wait(self) -> Verdict:
+        """Watch until the job is over."""
+        while True:
+            self._take(_TICK_S)
+            if not all(mirror.synced.is_set() for mirror in self._mirrors) or self._in_trouble():
+                continue
+            now = time.time()
+            self.history.see(self.job, list(self.pods.values()), self.spec, now)
+            refused = observe.refusal(self.events.values())
+            verdict = judge.judge(self.job, self.history, refused, self.spec, now)
+            self._tell(verdict, now)
+            self._follow()
+            ending = self.terminal and self.living and now - self.history.ended_at < _ENDING_S
+            if verdict.over and not ending:
+                return self._explained(verdict)
+
+    def _take(self, within_s: float) -> None:
+        """Take in what has changed, waiting for the first change so long."""
+        try:
+            change = self._changes.get(timeout=within_s)
+            while True:
+                self._apply(change)
+                change = self._changes.get_nowait()
+        except queue.Empty:
+            pass
+
+    def _apply(self, change: Change) -> None:
+        if change.error:
+            raise change.error
+        if change.type == "SYNCED":
+            return
+        name, gone = change.object["metadata"]["name"], change.type == "DELETED"
+        if change.kind == "Pod":
+            pod = observe.read_pod(change.object)
+            self.history.see_pod(pod, time.time())
+            self._keep_tail(pod)
+            if gone:
+                self.pods.pop(name, None)
+            else:
+                self.pods[name] = pod
+        elif change.kind == "Event":
+            self.events[name] = change.object
+        else:
+            other = change.object["metadata"]["uid"] != self.uid
+            self.job = None if gone or other else change.object
+
+    def _in_trouble(self) -> bool:
+        """Whether the API server is away, or has only just come back: what we know is old, and no deadline is judged by it."""
+        trouble = next((mirror.trouble for mirror in self._mirrors if mirror.trouble), "")
+        now = time.monotonic()
+        if trouble:
+            if not self._quiet_until:
+                self.out(f"{self.spec.name}: {trouble}; the job goes on, and so do we")
+            self._quiet_until = now + _SETTLE_S
+        elif self._quiet_until and now > self._quiet_until:
+            self._quiet_until = 0.0
+            self.out(f"{self.spec.name}: the API server answers again")
+        return bool(self._quiet_until)
+
+    def _keep_tail(self, pod: Pod) -> None:
+        """Read the end of a failed pod's log at once: the operator removes a pod that it replaces."""
+        if not pod.exit or pod.exit.code == 0 or len(self.tails) >= _MAX_TAILS:
+            return
+        key = f"{pod.uid}/{pod.restarts}"
+        if key in self.tails:
+            return
+        lines = logs.ending(self.api, pod.name, pod.container, pod.running or pod.restarts > 0, self.spec.namespace)
+        if lines:
+            self.tails[key] = (pod.name, lines)
+        if not self._is_first(pod):
+            for line in logs.shown(pod.rank, lines[-logs.TAIL :]):
+                self.out(line)
+
+    def _is_first(self, pod: Pod) -> bool:
+        """Whether it is the pod whose log is streamed: the master, or the first worker where there is none."""
+        return pod.index == 0 and (not self.spec.master or pod.rank.startswith("master"))
+
+    def _follow(self) -> None:
+        """Stream the log of rank 0, over all pods that fill its place."""
+        rank = next((rank for rank in self.history.ranks.values() if self._is_first(rank.pod)), None)
+        if not rank or not rank.pod.begun:
+            return
+        pod = rank.pod
+        uid, restarts = self._followed
+        if pod.uid != uid:
+            self._follower = Follower(
+                self.api, pod.name, pod.container, self._line, self.spec.namespace, before=self._follower
+            )
+            self._follower.start()
+        elif pod.restarts > restarts and self._follower:
+            self._follower.restarted()
+        self._followed = (pod.uid, pod.restarts)
+        if self._follower and (rank.gone or not pod.living):
+            self._follower.finish()
+
+    def _line(self, line: str, at: float) -> None:
+        self.out(line)
+        if self.on_progress and (progress := self._progress(line, at)):
+            self.on_progress(progress)
+
+    def _progress(self, line: str, at: float) -> Progress | None:
+        """What a line says of the progress; the time that is left goes by the times at which lines were printed."""
+        found = _PROGRESS.match(line)
+        if not found:
+            return None
+        step, total = int(found[1]), int(found[2])
+        if not self._first or step < self._first[0]:
+            self._first = (step, at)
+        done, passed = step - self._first[0], at - self._first[1]
+        left = (total - step) * passed / done if done > 0 else None
+        return Progress(step, total, float(found[3]) if found[3] else None, left)
+
+    def _tell(self, verdict: Verdict, now: float) -> None:
+        """Say what has changed, and every few minutes what it still waits for."""
+        if self.history.restarts > self._lost:
+            last = self.history.failure
+            why = f"; the last: {last[0].rank} ended with exit code {last[1].code}" if last else ""
+            self.out(
+                f"{self.spec.name}: {self.history.restarts} of at most {self.spec.restarts} pods put in place again{why}"
+            )
+            self._lost = self.history.restarts
+        if verdict.over:
+            return
+        if verdict.state == "running" and not self.began_at:
+            self.began_at = now
+        text = verdict.message
+        if verdict.state == "running":
+            text = text or f"all {self.spec.nodes} pods run"
+        else:
+            text = f"{verdict.state}, {self.history.begun()} of {self.spec.nodes} pods run: {text}"
+        repeat = verdict.state != "running" and now - self._told[1] > _REPEAT_S
+        if text != self._told[0] or repeat:
+            self.out(f"{self.spec.name}: {text}")
+            self._told = (text, now)
+
+    def _explained(self, verdict: Verdict) -> Verdict:
+        """The verdict with what the failed pod itself said."""
+        if verdict.state != "failed":
+            return verdict
+        by_name = dict(self.tails.values())
+        for name in verdict.pods:
+            pod = self.pods.get(name)
+            lines = by_name.get(name) or (
+                logs.ending(self.api, name, pod.container, pod.restarts > 0, self.spec.namespace) if pod else []
+            )
+            told = logs.trainer_error(lines)
+            if told:
+                return replace(verdict, message=f"{verdict.message}: {told.message}", hint=told.hint or verdict.hint)
+        return verdict
