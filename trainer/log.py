@@ -56,6 +56,7 @@ class Progress:
         self.what, self.total, self.pause = what, total, pause
         self.done = 0
         self._start = self._last = time.monotonic()
+        self._first = 0
         self._tenth = 0
         self._bar = sys.stdout.isatty() and _format == "text"
 
@@ -69,6 +70,17 @@ class Progress:
             sys.stdout.write("\r\033[K")
             sys.stdout.flush()
 
+    def resume(self, done: int) -> None:
+        """Go on from `done`: the next update is said at once, and what is left is reckoned from here."""
+        self.done = self._first = done
+        self._start = time.monotonic()
+        self._tenth = -1
+
+    def left_s(self, done: int) -> float:
+        """Seconds to the end, at the pace so far."""
+        made = done - self._first
+        return (time.monotonic() - self._start) / made * (self.total - done) if made > 0 else 0.0
+
     def update(self, done: int, note: str = "") -> None:
         """Say that `done` of `total` is done; `note` follows it."""
         self.done = done
@@ -78,10 +90,12 @@ class Progress:
             if now - self._last >= 0.1 or done >= self.total:
                 self._last = now
                 filled = int(24 * min(share, 1.0))
-                rate = (now - self._start) / share - (now - self._start) if share else 0.0
                 bar = "█" * filled + "░" * (24 - filled)
-                sys.stdout.write(f"\r\033[K{self.what} {bar} {share:4.0%} {rate:4.0f} s left  {note}"[:200])
+                sys.stdout.write(
+                    f"\r\033[K{self.what} {bar} {share:4.0%} {self.left_s(done):4.0f} s left  {note}"[:200]
+                )
                 sys.stdout.flush()
-        elif int(share * 10) > self._tenth and now - self._last >= self.pause:
+        elif int(share * 10) > self._tenth and (self._tenth < 0 or now - self._last >= self.pause):
             self._tenth, self._last = int(share * 10), now
-            say(f"{self.what} {done}/{self.total} {note}".strip())
+            left = f", {self.left_s(done):.0f} s left" if done < self.total else ""
+            say(f"{self.what} {done}/{self.total} {note}".strip() + left)

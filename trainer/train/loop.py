@@ -280,6 +280,7 @@ class Loop:
             # Another number of ranks shares the steps as they were: the same gradients, rates and number of steps.
             self._set_block(self.progress.block)
             self._shown = log.Progress(self.what, self.total)
+        self._shown.resume(self.progress.step)
         if rng is not None:
             set_rng_state(rng, self.device)
 
