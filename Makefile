@@ -72,7 +72,7 @@ e2e: kubeconfig $(DEV) images ## the tests on the cluster of KUBECONFIG; E2E_LOA
 
 kubeconfig:
 	@test -n "$(KUBECONFIG)" || { echo "error: KUBECONFIG is not set" >&2; \
-	echo "  fix: name the configuration of a cluster for tests: make e2e KUBECONFIG=~/.kube/config" >&2; exit 2; }
+	echo "  fix: name the configuration of a cluster for tests: KUBECONFIG=~/.kube/config make e2e" >&2; exit 2; }
 
 docs: $(DEV) ## regenerate dvc.yaml and the generated pages of docs/
 	@$(BIN)/python -m pipelines.dvcfile

@@ -40,7 +40,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 def kubeconfig() -> str:
     """The administrator's kubeconfig, of a cluster that answers."""
     if not kube.KUBECONFIG:
-        pytest.fail("no cluster: `make e2e KUBECONFIG=...`, of one with the training operator, Katib and Trainer")
+        pytest.fail("no cluster: `KUBECONFIG=... make e2e`, of one with the training operator, Katib and Trainer")
     kubectl("get", "--raw", "/readyz")
     return kube.KUBECONFIG
 
