@@ -351,3 +351,13 @@ def test_start_up_imports_no_heavy_library():
         "scipy",
     }
     assert heavy & set(done.stdout.split()) == set()
+
+
+def test_a_dimension_may_be_a_truth_value() -> None:
+    dimension = {"type": "categorical", "choices": [True, False]}
+    assert validate({"tune": {"space": {"train.compile": dimension}}}).tune.space["train.compile"].choices == (
+        True,
+        False,
+    )
+    with pytest.raises(ConfigError, match=r"tune\.space\.train\.compile\.choices"):
+        validate({"tune": {"space": {"train.compile": {"type": "categorical", "choices": ["maybe"]}}}})

@@ -190,7 +190,9 @@ def _check_dimension(params: Params, key: str) -> None:
             f"{path}: not a single value, it cannot be searched", "name a number, a text or a truth value"
         )
     dimension = params.tune.space[key]
-    check: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, *field.metadata])
+    check: TypeAdapter[Any] = TypeAdapter(
+        Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    )
     for end, value in [("low", dimension.low), ("high", dimension.high), *(("choices", v) for v in dimension.choices)]:
         try:
             if value is not None:
