@@ -1,5 +1,6 @@
 """Documentation that cannot drift: generated pages, links, the file tree, and a home for every command that is shown."""
 
+import itertools
 import re
 import shlex
 import subprocess
@@ -83,6 +84,10 @@ def test_command_parses(page: str, line: str) -> None:
         assert words[1] in ("repro", "exp", "metrics", "plots")
         if "-S" in words:
             check_overrides([words[words.index("-S") + 1]])
+    elif words[0] == "kubectl":
+        files = [path for flag, path in itertools.pairwise(words) if flag in ("-f", "-k") and path != "-"]
+        files += [word for word in shlex.split(line) if word.startswith("manifests/")]
+        assert all((ROOT / path).exists() for path in files)
     else:
         assert line == ". .venv/bin/activate", "a command that no test knows how to run"
 
@@ -91,8 +96,11 @@ def check_overrides(words: list[str]) -> None:
     tree: dict = {}
     for word in words:
         key, value = parse_override(word)
-        section, leaf = key.split(".")
-        tree.setdefault(section, {})[leaf] = value
+        *sections, leaf = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = value
     validate(tree)
 
 
