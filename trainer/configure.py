@@ -192,8 +192,9 @@ def require_store(key: str, store: str, params: Params) -> None:
 
 
 def launched(params: Params) -> list[str]:
-    """Stages that are jobs of the cluster in this run: a search that is switched off is none."""
-    return [name for name in params.cluster.job.launched if name != "tune" or params.tune.enabled]
+    """Stages that are jobs of the cluster in this run: a search that is switched off, or has no space, is none."""
+    search = params.tune.enabled and bool(params.tune.space)
+    return [name for name in params.cluster.job.launched if name != "tune" or search]
 
 
 def is_shared(uri: str, cluster: Cluster) -> bool:
