@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,6 +14,8 @@ from trainer.config.names import nearest
 from trainer.errors import ConfigError, MillraceError
 
 Json = dict[str, Any]
+# What a person sees fail is known to the cluster as failed some seconds later.
+_ENDING_S = 10.0
 _INSTALL = (
     "a cluster administrator runs `kubectl apply -k manifests/base`; `millrace doctor --cluster` lists what is missing"
 )
@@ -84,7 +87,10 @@ def resume(api: Api, job: Json, until: str = "") -> Json:
     Raises:
         MillraceError: it has not ended.
     """
-    run = chain_job.run_of(job)
+    run, deadline = chain_job.run_of(job), time.monotonic() + _ENDING_S
+    while state(job) == "running" and time.monotonic() < deadline:
+        time.sleep(1.0)
+        job = api.get("Job", job["metadata"]["name"])
     if state(job) == "running":
         raise MillraceError(f"run {run}: has not ended", f"follow it: millrace run --engine kubernetes --attach {run}")
     return api.create(chain_job.again(job, _next_name(api, run), until))

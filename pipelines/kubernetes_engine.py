@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import json
+import shlex
 import sys
 import time
 from argparse import Namespace
@@ -43,9 +44,10 @@ def run(args: Namespace) -> int:
     asked = [name for name in ("attach", "resume", "cancel") if getattr(args, name) is not None] + ["runs"] * args.runs
     if len(asked) > 1:
         raise ConfigError(f"--{asked[0]} and --{asked[1]}: only one of them at a time", "leave one out")
-    if asked and args.overrides:
-        raise ConfigError(f"--{asked[0]} with {args.overrides[0]}: the parameters of a run never change",
-                          f"start another run: millrace {COMMAND} {' '.join(args.overrides)}")  # fmt: skip
+    words = [*([getattr(args, asked[0])] if asked and asked != ["runs"] else []), *args.overrides]
+    if asked and (words := [word for word in words if "=" in word or word in args.overrides]):
+        hint = f"start another run: {screen.program()} {COMMAND} {shlex.join(words)}"
+        raise ConfigError(f"--{asked[0]} with {words[0]}: the parameters of a run never change", hint)
     project.require_installed("--engine kubernetes", "kubernetes")
     until = args.until or ""
     if not asked:

@@ -1,7 +1,5 @@
 """What is complete below a run's folder, and the small JSON files of it that a person wants to see.
 
-python -m components.launch.chain_facts URI PORT     # prints them as JSON; null if it is not complete
-
 An object store is asked in a process of its own: its driver would stay in the memory of a coordinator that waits.
 """
 
@@ -10,20 +8,17 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import subprocess
-import sys
 from typing import Any
 
+from components.launch import apart
 from trainer import storage
-from trainer.__main__ import exit_status
-from trainer.errors import EXIT_OK, MillraceError, StorageError
+from trainer.errors import MillraceError
 
 # Artifact -> files beside its manifest.
 FILES = {"tuning": ("best.json",), "evaluation": ("metrics.json",), "promotion": ("promotion.json",)}
 PAGE = "evaluation/report.html"
 # A page of this size still travels in the coordinator's output.
 _PAGE_BYTES = 400_000
-_CHILD_S = 600.0
 
 
 def facts(uri: str, port: str) -> dict[str, Any] | None:
@@ -36,18 +31,13 @@ def facts(uri: str, port: str) -> dict[str, Any] | None:
     Raises:
         StorageError: the store does not answer, or refuses.
     """
-    if not storage.is_remote(uri):
-        return _facts(uri, port)
-    words = [sys.executable, "-m", "components.launch.chain_facts", uri, port]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=_CHILD_S)
-    if done.returncode:
-        message, _, hint = done.stderr.strip().removeprefix("error: ").partition("\n  fix: ")
-        raise StorageError(message or f"{uri}: cannot be read", hint or "check the URI and the credentials")
-    found: dict[str, Any] | None = json.loads(done.stdout)
+    target = "components.launch.chain_facts:read"
+    found: dict[str, Any] | None = apart.call(target, uri, port) if storage.is_remote(uri) else read(uri, port)
     return found
 
 
-def _facts(uri: str, port: str) -> dict[str, Any] | None:
+def read(uri: str, port: str) -> dict[str, Any] | None:
+    """The same, in this process."""
     if not storage.exists(f"{uri}/{storage.MANIFEST}"):
         return None
     content = json.loads(storage.read_bytes(f"{uri}/{storage.MANIFEST}"))
@@ -80,17 +70,3 @@ def unpacked(text: str) -> bytes:
         return gzip.decompress(base64.b64decode(text, validate=True))
     except (OSError, EOFError) as error:
         raise ValueError(str(error)) from None
-
-
-def main(words: list[str]) -> int:
-    """Entry point of the process that asks an object store."""
-
-    def run() -> int:
-        print(json.dumps(_facts(*words)))
-        return EXIT_OK
-
-    return exit_status(run)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -113,9 +113,11 @@ def _step(name: str, root: str, params: Params) -> Step:
 
 
 def gpus(params: Params, stage: str) -> int:
-    """Accelerators of each pod of a stage: none for one that is switched off, and search and distillation see one."""
+    """Accelerators of each pod of a stage: none for one that is switched off. Search in one pod and distillation see one;
+    the trials of an Experiment train as `train` does.
+    """
     asked = params.cluster.gpus_per_node
-    if stage == "train":
+    if stage == "train" or (stage == "tune" and params.tune.enabled and "tune" in params.cluster.job.launched):
         return asked
     switched = {"tune": params.tune.enabled, "distill": params.distill.enabled}
     return min(asked, 1) if switched.get(stage) else 0

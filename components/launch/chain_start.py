@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from components.launch import batchjob, chain_job, chain_plan, launcher, names, pytorchjob, spec, trainjob
-from components.launch.api import Api, Object
+from components.launch import batchjob, chain_job, chain_plan, launcher, names, spec, stages
+from components.launch.api import Api
 from components.launch.chain import Start
 from components.launch.chain_plan import Step
 from components.launch.spec import JobSpec
+from components.launch.stages import Asked
 from trainer.config import Params
 
 
@@ -24,18 +25,39 @@ def starter(params: Params, run: str) -> Start:
     api, owner = Api.connect(), chain_job.owner(os.environ)
 
     def start(step: Step, hear: Callable[[str], None]) -> None:
-        asked, manifest = rendered(params, run, step, api.namespace, owner)
+        name = job_name(step)
+
+        def out(line: str) -> None:
+            hear(line.removeprefix(f"{name}: "))
+
         # A coordinator that is stopped leaves its job: its next pod attaches to it, and whoever removes the coordinator's
         # Job removes what it owns.
-        launcher.run(api, asked, manifest, out=hear, detach=True).check()
+        if launched(params, step.stage):
+            gpus = chain_plan.gpus(params, step.stage)
+            asked = Asked(step.stage, params, step.inputs, step.outputs, name, run, gpus=gpus, owner=owner)
+            outcome = stages.run(api, asked, out=out, detach=True)
+        else:
+            job = single(params, run, step, api.namespace, owner)
+            outcome = launcher.run(api, job, [batchjob.job(job)], out=out, detach=True)
+        outcome.check()
 
     return start
 
 
-def rendered(
+def launched(params: Params, stage: str) -> bool:
+    """Whether a stage is more than one pod: cluster.job says so, and it is not switched off."""
+    return stage in params.cluster.job.launched and (stage != "tune" or params.tune.enabled)
+
+
+def job_name(step: Step) -> str:
+    """Name of the job of a step: that of its output, which no other step makes."""
+    return names.job_name(step.stage, next(iter(step.outputs.values())))
+
+
+def single(
     params: Params, run: str, step: Step, namespace: str = "", owner: Mapping[str, Any] | None = None
-) -> tuple[JobSpec, list[Object]]:
-    """What a step asks for, and the objects that ask for it.
+) -> JobSpec:
+    """What a step asks for that is one pod.
 
     Args:
         params: the configuration.
@@ -44,11 +66,7 @@ def rendered(
         namespace: where it runs.
         owner: the ownerReference of what it goes away with.
     """
-    name = names.job_name(step.stage, next(iter(step.outputs.values())))
-    given: dict[str, Any] = {"name": name, "namespace": namespace, "args": step.args, "owner": owner, "run": run}
-    kind = params.cluster.job.train
-    if step.stage == "train" and kind != "pod":
-        asked = spec.training(params, gpus=chain_plan.gpus(params, "train"), **given)
-        return asked, trainjob.trainjob(asked) if kind == "trainjob" else [pytorchjob.pytorchjob(asked)]
-    asked = spec.stage(params, step.stage, gpus=chain_plan.gpus(params, step.stage), **given)
-    return asked, [batchjob.job(asked)]
+    return spec.stage(
+        params, step.stage, name=job_name(step), namespace=namespace, args=step.args, owner=owner, run=run,
+        gpus=chain_plan.gpus(params, step.stage),
+    )  # fmt: skip
