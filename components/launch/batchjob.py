@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from components.launch import pods
@@ -14,6 +15,7 @@ def job(spec: JobSpec) -> dict[str, Any]:
     """The Job. A pod that ended with 1 to 127 fails it at once, as for a PyTorchJob; one that a signal ended, or that was
     deleted, is put in place again, `restarts` times; one that its node evicted does not count.
     """
+    spec = replace(spec, nodes=1)
     body: dict[str, Any] = {
         "backoffLimit": spec.restarts,
         "podFailurePolicy": failure_policy(CONTAINER),
