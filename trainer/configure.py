@@ -74,8 +74,9 @@ def run(text: str, overrides: Sequence[str]) -> int:
     gpus = _count(given.values, "gpus_per_node", 0)
     # Search in its own pod and distillation train in one process, which sees one accelerator; others would be held for
     # nothing. The trials of an Experiment train as `train` does.
+    searching = gpus if params.cluster.job.tune == "experiment" else min(gpus, 1)
     asked = {
-        "tune": (gpus if "tune" in launched(params) else min(gpus, 1)) if params.tune.enabled else 0,
+        "tune": searching if params.tune.enabled else 0,
         "train": gpus,
         "distill": min(gpus, 1) if params.distill.enabled else 0,
     }
@@ -180,7 +181,7 @@ def require_store(key: str, store: str, params: Params) -> None:
         ConfigError: they have none.
     """
     cluster = params.cluster
-    if not (jobs := launched(params)) or is_shared(store, cluster):
+    if not (jobs := cluster.job.launched) or is_shared(store, cluster):
         return
     what = f"{redact(store)}: not in the volume of cluster.claim" if store else "none is given"
     because = " and ".join(f"cluster.job.{name}={getattr(cluster.job, name)}" for name in jobs)
@@ -189,12 +190,6 @@ def require_store(key: str, store: str, params: Params) -> None:
         "pass a URI such as s3://bucket/runs, or compile with cluster.claim=CLAIM and pass a path in that volume, "
         f"such as {cluster.mount}/runs",
     )
-
-
-def launched(params: Params) -> list[str]:
-    """Stages that are jobs of the cluster in this run: a search that is switched off, or has no space, is none."""
-    search = params.tune.enabled and bool(params.tune.space)
-    return [name for name in params.cluster.job.launched if name != "tune" or search]
 
 
 def is_shared(uri: str, cluster: Cluster) -> bool:

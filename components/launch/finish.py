@@ -35,12 +35,13 @@ def run(text: str, overrides: Sequence[str] = ()) -> int:
     return finish.run(text, overrides)
 
 
-def sweep(api: Api, identity: str) -> list[str]:
+def sweep(api: Api, identity: str, *, ended: bool = False) -> list[str]:
     """Delete the jobs of a run that have not ended, and wait until they are gone, so that nothing writes to the store any more.
 
     Args:
         api: the API server.
         identity: id of the run.
+        ended: delete those that have ended, too.
 
     Returns:
         `KIND NAME` of each.
@@ -52,11 +53,12 @@ def sweep(api: Api, identity: str) -> list[str]:
     for kind in KINDS:
         try:
             for each in _found(api, kind, identity):
-                if observe.condition(each)[0] not in ("succeeded", "failed"):
+                over = observe.condition(each)[0] in ("succeeded", "failed")
+                if ended or not over:
                     name, uid = each["metadata"]["name"], each["metadata"]["uid"]
                     api.delete(kind, name, propagation="Foreground", uid=uid, within_s=_API_S)
                     removed[kind, name] = uid
-                    log.say(f"finish: {kind} {name}: had not ended and was removed")
+                    log.say(f"finish: {kind} {name}: {'had ended' if over else 'had not ended'}, and was removed")
                     if kind in ("Experiment", "TrainJob"):
                         api.delete("TrainingRuntime", name, within_s=_API_S)
         except ApiError as error:

@@ -207,7 +207,7 @@ JOB = {
         ("a PyTorchJob", "/data/runs", "", False),
         ("a TrainJob", "", "", False),
         ("an Experiment", "", "", False),
-        ("an Experiment", "", "tune.enabled=false", True),
+        ("an Experiment", "", "tune.enabled=false", False),
         ("both, with a claim", "", "", False),
         ("both, with a claim", "/data", "", True),
         ("both, with a claim", "/data/runs", "", True),

@@ -45,6 +45,12 @@ def test_what_has_not_ended_is_deleted_and_the_rest_is_kept_for_its_logs():
     assert asked == {"millrace.dev/run=run-1"}
 
 
+def test_what_has_ended_goes_too_if_that_is_asked_for():
+    jobs = listed("1", job("over", "Succeeded"), job("lost", "Failed"))
+    with ApiServer(NONE, jobs, sends(), sends(), NONE, NONE, NONE, NONE) as server:
+        assert finish.sweep(client(server), "run-1", ended=True) == ["PyTorchJob over", "PyTorchJob lost"]
+
+
 def test_nothing_is_cleaned_in_the_store_while_a_pod_may_still_write(monkeypatch):
     monkeypatch.setattr(finish, "_POLL_S", 0.01)
     ending = listed("1", job("alive", "Failed"))  # its pods end, its own finalizer holds it
