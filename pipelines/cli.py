@@ -76,12 +76,20 @@ def _add_doctor(command: Command) -> None:
         "doctor", "say what is wrong with this machine, or with the cluster, and how to put it right", "doctor"
     )
     sub.add_argument("--cluster", action="store_true", help="also look at the cluster that KUBECONFIG names")
+    sub.add_argument("--namespace", metavar="NAME", default="", help="where jobs run (default: that of the login)")
     sub.add_argument(
-        "--namespace",
+        "--system",
         metavar="NAME",
         default="kubeflow",
-        help="where Kubeflow Pipelines is installed (default: kubeflow)",
+        help="where Katib and Kubeflow Pipelines are installed (default: kubeflow)",
     )
+    sub.add_argument(
+        "--account",
+        metavar="NAME",
+        default="",
+        help="service account that starts the jobs (default: millrace-launcher)",
+    )
+    sub.add_argument("--store", metavar="URI", default="", help="store that pods write to (default: cluster.store)")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -286,7 +286,8 @@ def doctor(args: Namespace) -> int:
     """`millrace doctor`."""
     from pipelines import doctor as found
 
-    return found.run(args.cluster, args.namespace, args.json)
+    where = {name: getattr(args, name) for name in ("namespace", "system", "account", "store")}
+    return found.run(args.cluster, args.json, **where)
 
 
 def version(args: Namespace) -> int:

@@ -76,22 +76,31 @@ def event(change: str, obj: dict[str, Any]) -> bytes:
 
 
 class ApiServer:
-    """Serves `answers` one after the other, and then streams that stay open and silent; a context manager.
+    """Serves `answers` one after the other, and then what `usual` says; a context manager.
 
     Attributes:
         answers: what is still to be answered.
         asked: what was asked for so far.
     """
 
-    def __init__(self, *answers: Answer, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        *answers: Answer,
+        port: int = 0,
+        tls: ssl.SSLContext | None = None,
+        usual: Callable[[Asked], Answer] | None = None,
+    ) -> None:
+        """By default, `usual` is a stream that stays open and silent."""
         self.answers = list(answers)
         self.asked: list[Asked] = []
         self._over = threading.Event()
         self._lock = threading.Lock()
         server = self
+        usual_answer = usual
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
 
             def _do(self) -> None:
                 parts = urlsplit(self.path)
@@ -102,7 +111,8 @@ class ApiServer:
                 )
                 with server._lock:
                     server.asked.append(asked)
-                    answer = server.answers.pop(0) if server.answers else server.streams()
+                    usual = usual_answer or (lambda _: server.streams())
+                    answer = server.answers.pop(0) if server.answers else usual(asked)
                 answer(self)
 
             do_GET = do_POST = do_DELETE = do_PATCH = _do  # noqa: N815

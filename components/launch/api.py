@@ -56,7 +56,7 @@ class ApiError(MillraceError):
     """What the API server refused, or that it did not answer (status 0)."""
 
     def __init__(self, status: int, reason: str, message: str, retry_after: float = 0.0) -> None:
-        hint = _UNTRUSTED if reason == BAD_CERTIFICATE else _HINTS.get(status, "")
+        hint = _UNTRUSTED if reason == BAD_CERTIFICATE else _HINTS.get(0 if status >= 500 else status, "")
         super().__init__(message or f"the API server says {status} {reason}", hint)
         self.status = status
         self.reason = reason
@@ -451,7 +451,7 @@ def _refused(response: urllib3.BaseHTTPResponse, what: str) -> ApiError:
     status = status if isinstance(status, dict) else {}
     reason = str(status.get("reason") or response.reason or "")
     after = response.headers.get("Retry-After", "")
-    message = str(status.get("message") or f"{response.status} {reason}")
+    message = f"{status.get('message') or 'refused'} ({response.status} {reason})"
     return ApiError(
         response.status, reason, f"{what}: {message}", float(after) if after.isascii() and after.isdigit() else 0.0
     )

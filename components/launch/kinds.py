@@ -43,6 +43,7 @@ KINDS: dict[str, Kind] = {
     "PriorityClass": Kind("scheduling.k8s.io/v1", "priorityclasses", False),
     "CustomResourceDefinition": Kind("apiextensions.k8s.io/v1", "customresourcedefinitions", False),
     "SelfSubjectAccessReview": Kind("authorization.k8s.io/v1", "selfsubjectaccessreviews", False),
+    "LocalSubjectAccessReview": Kind("authorization.k8s.io/v1", "localsubjectaccessreviews"),
     "SelfSubjectReview": Kind("authentication.k8s.io/v1", "selfsubjectreviews", False),
     "PyTorchJob": Kind("kubeflow.org/v1", "pytorchjobs"),
     "TrainJob": Kind("trainer.kubeflow.org/v1alpha1", "trainjobs"),

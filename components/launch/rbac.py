@@ -70,6 +70,8 @@ RULES: tuple[Rule, ...] = (
     Rule("trainer.kubeflow.org", "trainjobs", (*_READ, "delete"), "look at training, and end it", (PERSON,), "trainjobs"),
     Rule("kubeflow.org", "experiments", (*_READ, "delete"), "look at a search, and end it", (PERSON,), "experiments"),
     Rule("", "persistentvolumeclaims", ("get",), "doctor: does the volume exist, and can all nodes mount it", (PERSON,)),
+    Rule("", "serviceaccounts", ("get",), "doctor: do the service accounts exist that pods run as", (PERSON,)),
+    Rule("", "limitranges", ("list",), "doctor: what pods get that ask for nothing", (PERSON,)),
     Rule("", "resourcequotas", ("list",), "doctor: what the namespace may still ask for", (PERSON,)),
     Rule("", "namespaces", ("get",), "doctor: the labels of the namespace", (DOCTOR,)),
     Rule("", "nodes", ("list",), "doctor: processors, memory and accelerators of the nodes", (DOCTOR,)),
