@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from components.launch import pods
-from components.launch.spec import JobSpec
+from components.launch.spec import JobSpec, check_processes
 
 CONTAINER = "pytorch"
 INDEX_LABEL = "training.kubeflow.org/replica-index"
@@ -17,7 +17,11 @@ def pytorchjob(spec: JobSpec) -> dict[str, Any]:
 
     `ExitCode` has the operator itself replace a pod that ended with 128 or more, or was deleted, at once: the kubelet's
     own restarts (`OnFailure`) wait up to five minutes between them.
+
+    Raises:
+        ConfigError: more processes than accelerators.
     """
+    check_processes(spec)
     body: dict[str, Any] = {
         "nprocPerNode": str(spec.processes),
         "runPolicy": _run_policy(spec),

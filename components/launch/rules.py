@@ -18,6 +18,8 @@ _RESTARTS = ("Always", "OnFailure", "Never", "ExitCode")
 _BACKENDS = ("c10d", "etcd", "etcd-v2")
 _RESERVED = re.compile(r"PET_.*|MASTER_ADDR|MASTER_PORT|WORLD_SIZE|RANK|LOCAL_RANK|KATIB_TRIAL_NAME")
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?")
+# Seconds that a finished job must stay for its end to be seen, by a watch that an outage broke off perhaps.
+_MIN_TTL = 60
 # Katib appends `-` and eight characters to an Experiment's name for a trial's.
 TRIAL = "-12345678"
 
@@ -97,6 +99,7 @@ def of_pytorchjob(obj: Mapping[str, Any], is_restricted: bool) -> Iterator[Probl
     policy = spec.get("runPolicy") or {}
     if policy.get("cleanPodPolicy", "None") not in ("None", "Running", "All"):
         yield "spec.runPolicy.cleanPodPolicy", f"must be None, Running or All (given {policy['cleanPodPolicy']!r})"
+    yield from _of_ttl(policy, "spec.runPolicy")
     if policy.get("managedBy") not in (None, "kubeflow.org/training-operator", "kueue.x-k8s.io/multikueue"):
         yield "spec.runPolicy.managedBy", f"{policy['managedBy']!r} is unknown"
     gang, total = (
@@ -107,6 +110,11 @@ def of_pytorchjob(obj: Mapping[str, Any], is_restricted: bool) -> Iterator[Probl
         yield "spec.runPolicy.schedulingPolicy.minAvailable", f"waits for more pods than the {total} that there are"
     if spec.get("elasticPolicy"):
         yield from _of_elastic(spec, replicas)
+
+
+def _of_ttl(spec: Mapping[str, Any], path: str) -> Iterator[Problem]:
+    if spec.get("ttlSecondsAfterFinished", _MIN_TTL) < _MIN_TTL:
+        yield f"{path}.ttlSecondsAfterFinished", f"it is gone before its end is seen; must be at least {_MIN_TTL}"
 
 
 def _of_replica(role: str, replica: Mapping[str, Any], path: str) -> Iterator[Problem]:
@@ -149,6 +157,7 @@ def of_job(obj: Mapping[str, Any], path: str = "spec") -> Iterator[Problem]:
         yield f"{path}.template.spec.restartPolicy", f"must be Never or OnFailure (given {restarts!r})"
     if spec.get("podFailurePolicy") and restarts != "Never":
         yield f"{path}.podFailurePolicy", "needs restartPolicy Never"
+    yield from _of_ttl(spec, path)
     if int(spec.get("backoffLimit", 0)) < 0:
         yield f"{path}.backoffLimit", "must not be below 0"
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trainer.config import Params
+from trainer.errors import ConfigError
 from trainer.stage import STAGES
 
 COMMAND = ("python", "-m", "trainer")
@@ -158,6 +159,9 @@ def stage(
         nodes: pods.
         owner: ownerReference of what it goes away with.
         run: the run that it belongs to.
+
+    Raises:
+        ConfigError: two keys ask for the same device.
     """
     from components.table import TASKS, image, resources
 
@@ -193,6 +197,9 @@ def stage(
     )
     if not task.accelerated:
         return spec
+    if cluster.accelerator in job.devices:
+        message = f"cluster.job.devices: {cluster.accelerator} is what cluster.gpus_per_node counts"
+        raise ConfigError(message, "name it in one place: cluster.gpus_per_node")
     return replace(
         spec,
         processes=params.train.processes,
@@ -221,6 +228,17 @@ def sections(params: Params, task_name: str) -> str:
         names.add("parallel")  # a trial trains, on several nodes perhaps
     tree = {name: getattr(params, name).model_dump(mode="json") for name in names}
     return json.dumps(tree, sort_keys=True, separators=(",", ":"))
+
+
+def check_processes(spec: JobSpec) -> None:
+    """Refuse more processes than accelerators: NCCL gives none of them to two.
+
+    Raises:
+        ConfigError: there are more.
+    """
+    if spec.gpus and spec.processes > spec.gpus:
+        message = f"train.processes: {spec.processes} processes of a pod cannot share its {spec.gpus} accelerators"
+        raise ConfigError(message, f"set train.processes={spec.gpus}, or cluster.gpus_per_node={spec.processes}")
 
 
 def digest(obj: Mapping[str, Any]) -> str:

@@ -9,14 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 from components.launch import batchjob, names, pods
-from components.launch.spec import JobSpec, digest
+from components.launch.spec import JobSpec, check_processes, digest
 
 CONTAINER = REPLICATED_JOB = "node"  # the names that the trainer looks for
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 
 
 def trainjob(spec: JobSpec) -> list[dict[str, Any]]:
-    """The TrainingRuntime and the TrainJob, of the same name, in the order in which they are to be made."""
+    """The TrainingRuntime and the TrainJob, of the same name, in the order in which they are to be made.
+
+    Raises:
+        ConfigError: more processes than accelerators.
+    """
+    check_processes(spec)
     trainer: dict[str, Any] = {
         "numNodes": spec.nodes,
         "numProcPerNode": spec.processes,

@@ -19,6 +19,7 @@ from components.launch.validate import check
 from components.table import TASKS
 from trainer.config import Params
 from trainer.config.load import load, validate
+from trainer.errors import ConfigError
 from trainer.stage import STAGES
 
 KEYS = [
@@ -80,7 +81,8 @@ def test_every_key_reaches_the_pod(kind: str) -> None:
     values = {each["name"]: each.get("value") or each["valueFrom"] for each in container["env"]}
     assert values["NCCL_DEBUG"] == "INFO"
     assert values["TOKEN"] == {"secretKeyRef": {"name": "keys", "key": "token"}}
-    assert (values[pods.NODES_ENV], values[pods.PREFLIGHT_ENV]) == ("3", "1")
+    count = ("1", None) if kind == "job" else ("3", "1")
+    assert (values[pods.NODES_ENV], values.get(pods.PREFLIGHT_ENV)) == count
     assert {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]} == {
         "/tmp": "tmp", "/dev/shm": "shm", "/data": "store",
     }  # fmt: skip
@@ -167,6 +169,18 @@ def test_no_accelerator_asks_for_none() -> None:
     spec = spec_of()
     assert not any("gpu" in name for name in pods.resources(spec)["requests"])
     assert "nvidia.com/gpu" in pods.resources(spec_of(gpus=2))["limits"]
+
+
+@pytest.mark.parametrize("kind", ["pytorchjob", "trainjob"])
+def test_two_processes_never_share_an_accelerator(kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"^train\.processes: 4 processes"):
+        RENDERERS[kind](spec_of("train.processes=4", "cluster.gpus_per_node=2"))
+    RENDERERS[kind](spec_of("train.processes=4"))
+
+
+def test_accelerators_are_counted_in_one_place() -> None:
+    with pytest.raises(ConfigError, match=r"^cluster\.job\.devices: nvidia\.com/gpu"):
+        spec_of("cluster.job.devices={nvidia.com/gpu: 1}")
 
 
 def test_only_stages_with_accelerators_are_placed_among_them() -> None:

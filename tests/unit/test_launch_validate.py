@@ -71,6 +71,7 @@ PYTORCHJOB: dict[str, tuple[str, Any, str]] = {
     "container's name": (f"{POD}.containers.0.name", "trainer", "one must have the name pytorch"),
     "image": (f"{POD}.containers.0.image", "", "cluster.image_prefix: must be named"),
     "clean pods": ("spec.runPolicy.cleanPodPolicy", "Some", "must be None, Running or All"),
+    "time to live": ("spec.runPolicy.ttlSecondsAfterFinished", 0, "cluster.job.ttl_s: it is gone before its end is seen"),
     "managed": ("spec.runPolicy.managedBy", "me", "'me' is unknown"),
     "gang": ("spec.runPolicy.schedulingPolicy", {"minAvailable": 3}, "cluster.job.queue: waits for more pods than the 2"),
     "master's count": (
