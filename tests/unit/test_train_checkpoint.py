@@ -159,12 +159,30 @@ DCP = "torch.distributed.checkpoint.metadata"
 @pytest.mark.parametrize(
     ("module", "name"),
     [(DCP, "os"), (DCP, "torch"), (DCP, "dataclass"), (DCP, "field"), (DCP, "Any"), (DCP, "os.system"), ("torch", "load"),
-     ("pathlib", "PosixPath"), ("builtins", "getattr")],
+     ("pathlib", "PosixPath"), ("builtins", "eval")],
 )  # fmt: skip
 def test_the_unpickler_knows_only_what_dcp_writes(module, name):
     crafted = b"c" + module.encode() + b"\n" + name.encode() + b"\n."
     with pytest.raises(ArtifactError, match="does not write"):
         dcp._Unpickler(io.BytesIO(crafted)).load()
+
+
+def taken(kind: str, name: str) -> bytes:
+    """A pickle of `getattr(DCP's kind, name)`."""
+    return f"cbuiltins\ngetattr\n(c{DCP}\n{kind}\nV{name}\ntR.".encode()
+
+
+def test_members_of_enums_are_read_as_python_3_11_0_to_3_11_3_write_them():
+    kind = "_MEM_FORMAT_ENCODING"
+    assert dcp._Unpickler(io.BytesIO(taken(kind, "TORCH_PRESERVE_FORMAT"))).load().name == "TORCH_PRESERVE_FORMAT"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("Metadata", "__init__"), ("_MEM_FORMAT_ENCODING", "__class__"), ("_MEM_FORMAT_ENCODING", "mro")]
+)
+def test_no_other_attribute_is_taken(kind, name):
+    with pytest.raises((ArtifactError, LookupError)):
+        dcp._Unpickler(io.BytesIO(taken(kind, name))).load()
 
 
 def test_the_metadata_names_no_path_of_this_machine(tmp_path):
