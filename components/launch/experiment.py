@@ -213,7 +213,7 @@ def _listed(path: str, dimension: Dimension, values: Sequence[Any]) -> dict[str,
             message = f"{path}.choices: {text!r} reaches a trial through a shell, which would change it"
             raise ConfigError(message, "use letters, digits and _ . , : / = @ % + - only")
         read = parse_value(text, path)
-        if read != value or isinstance(read, str) != isinstance(value, str):
+        if read != value:
             message = f"{path}.choices: the text {text!r} would reach a trial as {type(read).__name__} {read!r}"
             raise ConfigError(message, "use another name for it, or search with cluster.job.tune=pod")
         texts.append(text)

@@ -249,7 +249,22 @@ def test_the_digest_tells_specs_apart_and_nothing_else() -> None:
     assert told[0] == digest(one)
 
 
+def test_the_digest_of_a_trainjob_covers_its_runtime() -> None:
+    jobs = [trainjob.trainjob(spec_of(word))[1] for word in ("train.lr=0.5", "train.lr=0.25")]
+    assert jobs[0]["spec"] == jobs[1]["spec"]
+    assert len({job["metadata"]["annotations"][names.SPEC_ANNOTATION] for job in jobs}) == 2
+
+
+def test_nodes_look_at_each_other_first_if_they_are_told_to_and_there_are_several() -> None:
+    def told(*words: str) -> bool:
+        return any(each["name"] == pods.PREFLIGHT_ENV for each in pods.environment(spec_of(*words)))
+
+    assert told("cluster.job.nodes=2")
+    assert not told("cluster.job.nodes=1")
+    assert not told("cluster.job.nodes=2", "cluster.job.preflight=false")
+
+
 def test_a_run_is_a_label_whatever_it_is_called() -> None:
-    labels = names.labels("train", "My run / 2026-11-21 (second)")
+    labels = names.labels("train", "My run / 2026-11-21 (second)" + "é" * 99)
     assert re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", labels[names.RUN_LABEL])
     assert names.RUN_LABEL not in names.labels("train")

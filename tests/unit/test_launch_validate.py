@@ -65,6 +65,7 @@ PYTORCHJOB: dict[str, tuple[str, Any, str]] = {
     "restart policy": (f"{WORKER}.restartPolicy", "OnFail", "restartPolicy: must be one of"),
     "min above max": ("spec.elasticPolicy.minReplicas", 3, "cluster.job.nodes: 3 to 2 nodes"),
     "max below": ("spec.elasticPolicy.maxReplicas", 1, "cluster.job.nodes: 2 to 1 nodes"),
+    "fewer than min": ("spec.elasticPolicy", {"minReplicas": 3, "maxReplicas": 4}, "cluster.job.nodes: 3 to 4 nodes"),
     "backend": ("spec.elasticPolicy.rdzvBackend", "zookeeper", "must be one of c10d"),
     "no worker": (f"{WORKER}.replicas", 0, "cluster.job.nodes: must be at least 1"),
     "replica type": ("spec.pytorchReplicaSpecs.Chief", {"replicas": 1}, "must be Master or Worker"),
