@@ -7,10 +7,9 @@ from typing import Any
 
 from components.launch.api import Object
 from pipelines.doctor_look import Look, applied, asked, number
-from pipelines.doctor_operators import needed
+from pipelines.doctor_operators import INJECT, needed, not_injected
 
 _ENFORCE = "pod-security.kubernetes.io/enforce"
-_INJECT = "katib.kubeflow.org/metrics-collector-injection"
 _DEFAULT = "storageclass.kubernetes.io/is-default-class"
 # Ends of provisioners' names -> can all nodes mount a volume of theirs? A StorageClass does not say so itself.
 _SHARED = ("efs.csi.aws.com", "fsx.csi.aws.com", "file.csi.azure.com", "kubernetes.io/azure-file", "smb.csi.k8s.io",
@@ -46,12 +45,8 @@ def labels(look: Look) -> bool:
             "millrace's pods pass the strictest one; without it, others in the namespace may run as root on its nodes",
             f"kubectl label namespace {look.namespace} {_ENFORCE}=restricted",
         )
-    if "experiments" in needed(look) and given.get(_INJECT) != "enabled":
-        look.finding(
-            f"namespace {look.namespace} lacks the label {_INJECT}=enabled",
-            "Katib puts no metrics collector beside trials, and each of them ends as MetricsUnavailable",
-            f"kubectl label --overwrite namespace {look.namespace} {_INJECT}=enabled",
-        )
+    if "experiments" in needed(look) and given.get(INJECT) != "enabled":
+        not_injected(look)
     if policy == "restricted" and look.params.cluster.job.master and look.params.cluster.job.train == "pytorchjob":
         look.finding(
             f"cluster.job.master cannot work in namespace {look.namespace}, which enforces restricted",
@@ -117,13 +112,16 @@ def _bound(look: Look, claim: Object, classes: list[Object]) -> None:
     if phase == "Pending" and found.get("volumeBindingMode") == "WaitForFirstConsumer":
         return  # as it should be, until the first pod
     events = look.all("Event", look.namespace, fieldSelector=f"involvedObject.name={name}") or []
-    said = [str(each.get("message")) for each in events if each.get("type") == "Warning" or "waiting" in str(each)]
-    look.finding(
-        f"claim {name} is {phase}, not Bound" + (f": {said[-1]}" if said else ""),
+    failures = [str(each.get("message")) for each in events if each.get("type") == "Warning"]
+    unknown = f"its class {wanted} does not exist" if wanted and classes and not found else ""
+    said = failures[-1] if failures else unknown
+    slow = "; nothing has failed so far, and a volume takes a minute to make" if not said and phase == "Pending" else ""
+    (look.note if slow else look.finding)(
+        f"claim {name} is {phase}, not Bound" + (f": {said}" if said else slow),
         "every pod mounts it, and waits until it is bound",
-        f"kubectl describe pvc {name} -n {look.namespace}; "
-        + (f"its class {wanted} does not exist" if wanted and not found and classes else "look at its storage class")
-        + f": kubectl delete pvc {name} -n {look.namespace}, and {_claim(look, classes, name)}",
+        f"kubectl describe pvc {name} -n {look.namespace}"
+        if slow
+        else f"kubectl delete pvc {name} -n {look.namespace} && {_claim(look, classes, name)}",
     )
 
 

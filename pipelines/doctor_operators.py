@@ -14,6 +14,7 @@ from components.launch.experiment import ALGORITHMS, experiment
 from pipelines.doctor_look import PATIENCE_S, PROBE, Look
 from pipelines.katib_config import CONFIG_MAP, open_algorithms, settings
 
+INJECT = "katib.kubeflow.org/metrics-collector-injection"
 _UPSTREAM = "https://github.com/kubeflow"
 
 
@@ -149,6 +150,10 @@ def rehearsal(look: Look) -> None:
 def _refused(look: Look, kind: str, error: ApiError) -> None:
     message = error.message.partition(": ")[2] or error.message
     operator = next(each for each in OPERATORS.values() if each.kind in (kind, kind.replace("ingRuntime", "Job")))
+    if INJECT in message:
+        if not any(INJECT in each.what for each in look.findings):
+            not_injected(look)
+        return
     if "calling webhook" in message or "no endpoints available" in message:
         why = f"every {kind} is refused while the operator's webhook does not answer"
         fix = f"kubectl get pods -A | grep {operator.deployment}; restart it with kubectl rollout restart deployment"
@@ -159,6 +164,15 @@ def _refused(look: Look, kind: str, error: ApiError) -> None:
         why = f"the {kind} that params.yaml asks for is refused"
         fix = f"change cluster.* or tune.* in params.yaml; `millrace render {kind.lower()}` prints the object"
     look.finding(f"{kind}, as a rehearsal: {message}", why, fix)
+
+
+def not_injected(look: Look) -> None:
+    """The namespace's label that Katib demands is not there."""
+    look.finding(
+        f"namespace {look.namespace} lacks the label {INJECT}=enabled",
+        "Katib puts a metrics collector beside trials only where it is, and refuses Experiments elsewhere",
+        f"kubectl label --overwrite namespace {look.namespace} {INJECT}=enabled",
+    )
 
 
 def katib(look: Look, restricted: bool) -> None:

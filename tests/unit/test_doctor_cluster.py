@@ -253,8 +253,10 @@ WRONG = {
     "no-claim": (drop(CLAIM), [], "claim shared (cluster.claim) does not exist", '"storageClassName":"files"'),
     "alone": (edit(CLAIM, lambda found: found["spec"].update(accessModes=["ReadWriteOnce"])), [], "not ReadWriteMany",
               "shared-shared"),
-    "pending": (edit(CLAIM, lambda found: found["status"].update(phase="Pending")), [], "claim shared is Pending",
-                "describe pvc shared"),
+    "pending": (
+        edit(CLAIM, lambda found: (found["spec"].update(storageClassName="lost"), found["status"].update(phase="Pending"))), [],
+        "its class lost does not exist", "kubectl delete pvc shared -n mine && echo",
+    ),
     "no-class": (None, ["cluster.job.priority_class=none-such"], "priority class none-such", "kubectl create priorityclass"),
     "no-account": (drop(f"{MINE}/serviceaccounts/trains"), [], "service account trains", "kubectl create serviceaccount"),
     "no-queue": (drop(QUEUE), [], "LocalQueue team", '"apiVersion":"kueue.x-k8s.io/v1beta2"'),
@@ -343,13 +345,12 @@ def test_what_stops_nothing_is_a_note(cluster):
     edit(MINE, lambda found: found["metadata"]["labels"].pop("pod-security.kubernetes.io/enforce"))(cluster)
     quota({"requests.nvidia.com/gpu": "2"}, {"requests.nvidia.com/gpu": "1"})(cluster)
     edit("/apis/apps/v1/deployments", lambda found: found["items"].pop(0))(cluster)
+    edit(CLAIM, lambda found: found["status"].update(phase="Pending"))(cluster)
     found = look()
     assert found.findings == []
-    assert [note.what.split()[0:2] for note in found.notes] == [
-        ["namespace", "mine"],
-        ["no", "deployment"],
-        ["quota", "most"],
-    ]
+    assert [" ".join(note.what.split()[:2]) for note in found.notes] == [
+        "namespace mine", "no deployment", "claim shared", "quota most",
+    ]  # fmt: skip
 
 
 REFUSALS = {
@@ -368,6 +369,17 @@ def test_a_rehearsal_that_is_refused_is_a_finding(name, cluster):
     (finding,) = look().findings
     assert finding.what.startswith("PyTorchJob, as a rehearsal")
     assert word in finding.what
+
+
+def test_the_label_that_katib_demands_is_told_of_once_and_even_if_we_cannot_see_it(cluster):
+    message = 'the namespace lacks label "katib.kubeflow.org/metrics-collector-injection: enabled"'
+    cluster.refusals["Experiment"] = refuses(400, "BadRequest", message)
+    edit(MINE, lambda found: found["metadata"].pop("labels"))(cluster)
+    (seen,) = look().findings
+    cluster.forbidden = {MINE}
+    (unseen,) = look().findings
+    assert seen == unseen
+    assert "kubectl label" in seen.fix
 
 
 def test_a_rehearsal_that_we_may_not_hold_is_none(cluster):
