@@ -37,7 +37,8 @@ RENDERED = {
     ),
     "experiment.yaml": (
         "A search of four trials, two at a time: kubectl -n millrace get experiment sample-tune -w",
-        "experiment cluster.job.train=pod cluster.job.priority_class=millrace-low --name sample-tune",
+        "experiment cluster.job.train=pod cluster.job.parallel_trials=2 cluster.job.priority_class=millrace-low"
+        " --name sample-tune",
     ),
 }
 
@@ -53,7 +54,7 @@ def sample(text: str, words: str) -> str:
     line = f"render {words} --namespace {NAMESPACE}"
     args = build_parser().parse_args(shlex.split(line))
     objects = commands_render.objects(load(PARAMS, args.overrides), args)
-    return f"# {text}\n{_MADE}; in this folder: millrace {line}\n{kube_yaml.documents(objects)}"
+    return f"# {text}\n{_MADE}. In this folder:\n# millrace {line}\n{kube_yaml.documents(objects)}"
 
 
 def rights() -> str:

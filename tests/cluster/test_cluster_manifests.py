@@ -116,6 +116,18 @@ def _is_queue(obj: Object) -> bool:
     return obj["apiVersion"].split("/")[0] in QUEUES
 
 
+def test_a_job_with_a_sidecar_builds_and_the_server_takes_it(overlay: None, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_bytes((SAMPLES / "pytorchjob.yaml").read_bytes())
+    near = os.path.relpath(MANIFESTS, tmp_path.resolve())
+    image = {"name": "tcpxo-daemon", "newName": "registry.example/tcpxo-daemon", "newTag": "v1"}
+    settings = {"resources": ["job.yaml"], "components": [f"{near}/components/gke-tcpxo"], "images": [image]}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    (job,) = built(tmp_path)
+    pod = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    assert pod["initContainers"][0]["image"] == "registry.example/tcpxo-daemon:v1"
+    kubectl("apply", "--dry-run=server", "--validate=strict", "-f", "-", given=yaml.safe_dump(job))
+
+
 def test_the_server_refuses_a_field_that_is_not_there(overlay: None) -> None:
     quota = next(each for each in built(MANIFESTS / "overlays" / "kind") if each["kind"] == "ResourceQuota")
     quota["spec"]["harder"] = {}

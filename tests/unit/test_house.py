@@ -151,6 +151,8 @@ def test_no_address_of_a_package_registry_and_no_path_of_a_machine() -> None:
             continue
         text = path.read_text(encoding="utf-8")
         wrong += [f"{name}: {found}" for found in hosts.findall(text)]
+        # GKE puts its drivers there, on every node.
+        text = text.replace("/home/kubernetes/bin/nvidia", "")
         if not name.startswith("tests/"):
             wrong += [f"{name}: {found}" for found in homes.findall(text)]
     assert not wrong

@@ -25,9 +25,10 @@ MANIFESTS = ROOT / "manifests"
 KUBERNETES = "1.33"
 CLOUDS = ("aks", "eks", "gke")
 FRAGMENTS = sorted(MANIFESTS.glob("overlays/*/params*.yaml"))
-# Not objects: settings of kustomize, and parts of a params.yaml.
+PATCHES = {MANIFESTS / "components" / "gke-tcpxo" / "daemon.yaml"}
+# Not objects: settings of kustomize, patches, and parts of a params.yaml.
 OTHER = {"kustomization.yaml", *(path.name for path in FRAGMENTS), "params.yaml"}
-FILES = sorted(path for path in MANIFESTS.rglob("*.yaml") if path.name not in OTHER)
+FILES = sorted(path for path in MANIFESTS.rglob("*.yaml") if path.name not in OTHER and path not in PATCHES)
 # The longest that SIGTERM can come before the end of a spot node, in seconds.
 NOTICE_S = {"eks": 120, "gke": 15, "aks": 30}
 OURS = ("kubeflow.org", "trainer.kubeflow.org")
@@ -108,12 +109,13 @@ def test_every_file_is_used() -> None:
     used: set[Path] = set()
     for path in MANIFESTS.rglob("kustomization.yaml"):
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        for name in (*settings.get("resources", ()), *settings.get("components", ())):
+        patches = [each["path"] for each in settings.get("patches", ()) if "path" in each]
+        for name in (*settings.get("resources", ()), *settings.get("components", ()), *patches):
             found = (path.parent / name).resolve()
             assert found.exists(), f"{path}: {name}"
             used.add(found)
     samples = set((MANIFESTS / "samples").iterdir())
-    assert set(FILES) - samples == {path for path in used if path.is_file()}
+    assert {*FILES, *PATCHES} - samples == {path for path in used if path.is_file()}
 
 
 @pytest.mark.parametrize(("path", "obj"), OBJECTS, ids=NAMES)
@@ -183,6 +185,15 @@ def test_parameters_of_an_overlay_fit_it(path: Path) -> None:
     assert pod["priorityClassName"] in {each["metadata"]["name"] for each in objects("PriorityClass", "base")}
     assert params.cluster.claim == only("PersistentVolumeClaim", "base")["metadata"]["name"]
     assert restricted(pod) == []
+
+
+def test_samples_run_with_what_the_small_overlay_says() -> None:
+    trees = [
+        yaml.safe_load((MANIFESTS / name / "params.yaml").read_text(encoding="utf-8"))["cluster"]
+        for name in ("samples", "overlays/kind")
+    ]
+    assert trees[0].pop("store").startswith(Params().cluster.mount)
+    assert trees[0] == trees[1]
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
