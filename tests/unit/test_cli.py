@@ -177,7 +177,7 @@ def test_config_lists_every_parameter_with_default_and_help(capsys: pytest.Captu
         if hasattr(inner, "model_fields"):
             for key, spec in inner.model_fields.items():
                 assert f"{section}.{key}" in out
-                if spec.description:
+                if spec.description and not hasattr(spec.annotation, "model_fields"):  # a section of its own has keys
                     assert " ".join(spec.description.split()) in " ".join(out.split())
     assert "train.lr = 0.001\n    float, > 0.0, <= 100.0. Peak learning rate." in out
 

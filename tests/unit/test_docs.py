@@ -67,7 +67,7 @@ def test_an_untagged_block_of_commands_is_found() -> None:
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
 def test_command_parses(page: str, line: str) -> None:
-    words = shlex.split(line.split("|")[-1])
+    words = shlex.split(line.split("|")[-1], comments=True)
     words = list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words))
     if words[0] == "make":
         targets = re.findall(r"^([a-z0-9]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
