@@ -97,9 +97,9 @@ class Look:
             "--params",
             "env:MILLRACE_PARAMS",
             "--in",
-            "dataset=/tmp/dataset",
+            "dataset=s3://bucket/dataset",
             "--out",
-            "model=/tmp/model",
+            "model=s3://bucket/model",
         )
         return training(self.params, name=PROBE, namespace=self.namespace, args=words, nodes=nodes)
 
