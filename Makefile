@@ -35,6 +35,7 @@ lint: $(DEV) ## format, lint, types, and that generated files are up to date
 	@$(BIN)/python -m pipelines.dvcfile --check
 	@$(BIN)/python -m pipelines.docs --check
 	@$(BIN)/python -m pipelines.golden --check
+	@$(BIN)/python -m pipelines.manifests --check
 
 bench: $(BENCH) ## the numbers of the README, each beside its peer
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python $$file; done
@@ -78,8 +79,9 @@ docs: $(DEV) ## regenerate dvc.yaml and the generated pages of docs/
 	@$(BIN)/python -m pipelines.dvcfile
 	@$(BIN)/python -m pipelines.docs
 
-golden: $(DEV) ## regenerate tests/golden: the compiled pipeline and the help texts
+golden: $(DEV) ## regenerate tests/golden, and the rights and samples of manifests/
 	@$(BIN)/python -m pipelines.golden
+	@$(BIN)/python -m pipelines.manifests
 
 lock: ## resolve requirements/*.txt again (needs uv)
 	@uv pip compile $(LOCK) pyproject.toml --extra laptop -o requirements/run.txt
