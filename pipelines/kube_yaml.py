@@ -17,8 +17,8 @@ class _Dumper(yaml.SafeDumper):
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
     style = "|" if "\n" in text else None
-    # To kubectl, 71e59324 is a number, which no label or annotation may be.
-    if text[:1] in tuple("+-.0123456789") and not text.startswith("--"):
+    # To kubectl, 71e59324 is a number and y is true, which no label or annotation may be.
+    if (text[:1] in tuple("+-.0123456789") and not text.startswith("--")) or text in ("y", "Y", "n", "N"):
         style = "'"
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-import yaml
 
 from components.launch import pods
 from trainer import __version__
@@ -59,7 +58,9 @@ def get(namespace: str, *words: str) -> Any:
 
 def apply(*objects: Object) -> None:
     """Make objects, or change them to this."""
-    kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", given=yaml.safe_dump_all(objects))
+    # As JSON: kubectl's YAML takes more texts for numbers and truth values than Python's.
+    given = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
+    kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", given=given)
 
 
 def wait_for(what: str, probe: Callable[[], T], deadline_s: float, pause_s: float = 0.5) -> T:
