@@ -38,6 +38,12 @@ def restricted(pod: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def enforced(namespace: Mapping[str, Any]) -> bool:
+    """Whether a Namespace enforces the policy "restricted" by its labels."""
+    labels = (namespace.get("metadata") or {}).get("labels") or {}
+    return bool(labels.get("pod-security.kubernetes.io/enforce") == "restricted")
+
+
 def pod_specs(obj: Any) -> Iterator[dict[str, Any]]:
     """Every pod's `spec` in an object, whatever its kind."""
     if isinstance(obj, dict):

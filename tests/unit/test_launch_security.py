@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from components.launch.security import pod_specs, restricted
+from components.launch.security import enforced, pod_specs, restricted
 
 GOOD: dict[str, Any] = {
     "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
@@ -81,3 +81,10 @@ def test_a_container_without_any_context_fails_although_its_pod_has_one() -> Non
 def test_pods_are_found_wherever_they_stand() -> None:
     nested = {"spec": {"a": [{"template": {"spec": GOOD}}], "b": {"template": {"spec": GOOD}}}}
     assert list(pod_specs(nested)) == [GOOD, GOOD]
+
+
+def test_the_label_of_a_namespace() -> None:
+    key = "pod-security.kubernetes.io/enforce"
+    assert enforced({"metadata": {"labels": {key: "restricted"}}})
+    for labels in (None, {}, {key: "baseline"}, {"pod-security.kubernetes.io/warn": "restricted"}):
+        assert not enforced({"metadata": {"name": "x", "labels": labels}})
