@@ -122,6 +122,17 @@ def _is_queue(obj: Object) -> bool:
     return obj["apiVersion"].split("/")[0] in QUEUES
 
 
+def test_the_namespace_may_have_another_name(kubeconfig: str, tmp_path: Path) -> None:
+    near = os.path.relpath(MANIFESTS, tmp_path.resolve())
+    settings = {"namespace": "team-a", "resources": [f"{near}/overlays/eks"]}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    objects = built(tmp_path)
+    assert [each["metadata"]["name"] for each in objects if each["kind"] == "Namespace"] == ["team-a"]
+    assert {each["metadata"].get("namespace", "team-a") for each in objects} == {"team-a"}
+    (binding,) = [each for each in objects if each["kind"] == "RoleBinding"]
+    assert binding["subjects"][0]["namespace"] == "team-a"
+
+
 def test_a_job_with_a_sidecar_builds_and_the_server_takes_it(overlay: None, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_bytes((SAMPLES / "pytorchjob.yaml").read_bytes())
     near = os.path.relpath(MANIFESTS, tmp_path.resolve())
