@@ -190,9 +190,8 @@ def _check_dimension(params: Params, key: str) -> None:
             f"{path}: not a single value, it cannot be searched", "name a number, a text or a truth value"
         )
     dimension = params.tune.space[key]
-    check: TypeAdapter[Any] = TypeAdapter(
-        Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
-    )
+    kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    check: TypeAdapter[Any] = TypeAdapter(kind)
     for end, value in [("low", dimension.low), ("high", dimension.high), *(("choices", v) for v in dimension.choices)]:
         try:
             if value is not None:
