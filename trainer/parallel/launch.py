@@ -120,7 +120,8 @@ def _environment() -> dict[str, str]:
     """This process's environment, with our package importable and torchrun's warning about threads settled."""
     home = str(Path(trainer.__file__).parents[1])
     paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    # A lost peer is told in one line; torch's own pages of frames say no more.
+    return {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 import uuid
 from collections.abc import Callable
@@ -30,6 +31,7 @@ _POLL_S = 0.2
 _SAY_S = 30.0
 # An answer of the store takes milliseconds; longer means that its host is gone.
 _ANSWER = timedelta(seconds=10)
+_PROBE_S = 1.0
 _NONE = -1
 
 
@@ -123,6 +125,12 @@ class Lobby(RendezvousHandler):
         first = self.node.rank == 0
         # On node 0 its own name may not be resolved yet.
         host = "127.0.0.1" if first else self.node.host
+        if not first:
+            # TCPStore would wait, ever longer, for a host that is not there yet: a lost pod's name is unknown for a while.
+            try:
+                socket.create_connection((host, self.node.port), timeout=_PROBE_S).close()
+            except OSError as error:
+                raise RuntimeError(f"{host}:{self.node.port}: {error}") from error
         return TCPStore(host, self.node.port, is_master=first, wait_for_workers=False, timeout=_ANSWER)
 
     def _sit_down(self, store: Store, left: int) -> int:
