@@ -153,7 +153,7 @@ def configure(params: Params, root: str, only_if_new: bool) -> Step:
     """The first step: the store, the data and the registry are looked at by the image and the account that will read them."""
     tree = params.model_dump(mode="json", exclude={"cluster"})  # checked here, where it is used
     values = {"params": json.dumps(tree), "store": root, "only_if_new": only_if_new}
-    given = {"inputs": {"parameterValues": values}, "outputs": {"outputFile": "/tmp/executor_output.json"}}  # noqa: S108
+    given = {"inputs": {"parameterValues": values}, "outputs": {"outputFile": "executor_output.json"}}
     return Step(CONFIGURE, (CONFIGURE, "--executor-input", json.dumps(given)), {}, {CONFIGURE: f"{root}/{CONFIGURE}"})
 
 

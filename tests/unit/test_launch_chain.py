@@ -170,7 +170,7 @@ def test_configure_understands_what_the_coordinator_asks_it(tmp_path, capsys):
     (tmp_path / "mnt/rows.csv").write_text("text,label\na,x\n", encoding="utf-8")
     step = chain.configure(params, chain_plan.root(params, "r1"), only_if_new=True)
     assert step.args[:2] == ("configure", "--executor-input")
-    text = step.args[2].replace("/tmp/executor_output.json", str(tmp_path / "out.json"))
+    text = step.args[2].replace("executor_output.json", str(tmp_path / "out.json"))
     assert configure.run(text, []) == 0
     values = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["parameterValues"]
     assert values["proceed"] == "true"
