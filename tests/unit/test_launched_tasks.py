@@ -10,7 +10,7 @@ import pytest
 
 from components.table import TASKS, compiled
 from pipelines import compiler, containers, golden
-from trainer import presets
+from trainer import configure, executor, presets
 from trainer.config import Params
 from trainer.config.load import validate
 from trainer.config.text import parse_yaml
@@ -112,6 +112,34 @@ def test_a_task_has_the_same_ports_caching_and_sections_whoever_works(name):
 def test_nothing_that_is_new_in_each_run_is_in_the_cache_key(name):
     # The backend writes the run's id in place of the placeholder before it makes the key.
     assert "{{$.pipeline_job" not in json.dumps(task("both", name)["inputs"])
+
+
+def test_what_configure_finds_reaches_the_launcher(tmp_path):
+    """As the backend does it: outputs of `configure` and constants of the package make the ExecutorInput of `train`."""
+    from components.launch import kfp
+
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"text {n},topic {n % 3}\n" for n in range(60)))
+    given = task("both", "train")["inputs"]["parameters"]
+    compiled_in = given["cluster_params"]["runtimeValue"]["constant"]
+    form = {"params": "{}", "data": str(tmp_path / "rows.csv"), "nodes": 3.0, "gpus_per_node": 2.0, "store": "memory://runs",
+            "overrides": "train.epochs=7", "cluster_params": compiled_in}  # fmt: skip
+    output = {"parameters": {}, "artifacts": {}, "outputFile": str(tmp_path / "output.json")}
+    assert configure.run(json.dumps({"inputs": {"parameterValues": form}, "outputs": output}), []) == 0
+    found = json.loads((tmp_path / "output.json").read_text())["parameterValues"]
+    values = {"cluster_params": compiled_in, "store": form["store"]}
+    for name, value in given.items():
+        if name not in values:
+            values[name] = found[value["componentInputParameter"].removeprefix("pipelinechannel--configure-")]
+    model = {"artifacts": [{"name": "model", "uri": "minio://b/v2/artifacts/millrace/run-1/train/a1/model"}]}
+    text = json.dumps({
+        "inputs": {"parameterValues": values},
+        "outputs": {"artifacts": {"model": model}, "outputFile": "x"},
+    })  # fmt: skip
+    asked = kfp.read("train", executor.read(text), text, [])
+    assert (asked.nodes, asked.gpus, asked.run) == (3, 2, "run-1")
+    assert asked.params.cluster == params_of("both").cluster
+    assert (asked.params.train.epochs, asked.params.train.processes) == (7, 2)
+    assert asked.outputs == {"model": "memory://runs/run-1/train/a1/model"}
 
 
 def test_what_others_ask_the_table_is_not_what_is_compiled():
