@@ -134,12 +134,8 @@ def run(name: str, text: str, overrides: Sequence[str], scratch: str = "") -> in
     metadata: dict[str, dict[str, Any]] = {}
 
     def after(ins: Mapping[str, Path], outs: Mapping[str, Path], result: Result) -> None:
-        for port, folder in outs.items():
-            found = manifest.read(folder, verify=False)
-            if port in given.outputs and outputs[port] != local_artifact(given.outputs[port]["uri"]):
-                refer(local_artifact(given.outputs[port]["uri"]), outputs[port], found.digest)
-            metadata[port] = _metadata(found, result.metrics)
-        metadata.update(show(given, name, ins, outs, result, temporary=_is_temporary(params.promote.registry)))
+        temporary = _is_temporary(params.promote.registry)
+        metadata.update(publish(given, name, outputs, ins, outs, result, temporary=temporary))
 
     refused: GateRefused | None = None
     try:
@@ -147,17 +143,50 @@ def run(name: str, text: str, overrides: Sequence[str], scratch: str = "") -> in
     except GateRefused as error:
         refused = error
     except MillraceError as error:
-        if "summary" in given.outputs:
-            there = {
-                port: Path(uri) for port, uri in inputs.items() if not storage.is_remote(uri) and Path(uri).exists()
-            }
-            page = views.summary(name, there, {}, {}, error=str(error))
-            storage.write_atomic(Path(local_artifact(given.outputs["summary"]["uri"])), page.encode())
+        tell_failure(given, name, inputs, error)
         raise
     write(given, metadata)
     if refused:
         raise refused
     return EXIT_OK
+
+
+def publish(
+    given: Given,
+    name: str,
+    places: Mapping[str, str],
+    inputs: Mapping[str, Path],
+    outputs: Mapping[str, Path],
+    result: Result,
+    *,
+    temporary: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Leave references to the outputs that went to the store, and write what the run page shows; returns all metadata.
+
+    Args:
+        given: the ExecutorInput.
+        name: of the stage.
+        places: where the outputs are, by URI.
+        inputs: local folders of the inputs; their small files are enough.
+        outputs: local folders of the outputs, likewise.
+        result: what the stage returned.
+        temporary: as for `show`.
+    """
+    metadata: dict[str, dict[str, Any]] = {}
+    for port, folder in outputs.items():
+        found = manifest.read(folder, verify=False)
+        if port in given.outputs and places[port] != local_artifact(given.outputs[port]["uri"]):
+            refer(local_artifact(given.outputs[port]["uri"]), places[port], found.digest)
+        metadata[port] = _metadata(found, result.metrics)
+    return metadata | show(given, name, inputs, outputs, result, temporary=temporary)
+
+
+def tell_failure(given: Given, name: str, inputs: Mapping[str, str], error: MillraceError) -> None:
+    """Write on the run page, if that was asked for, why a stage failed."""
+    if "summary" in given.outputs:
+        there = {port: Path(uri) for port, uri in inputs.items() if not storage.is_remote(uri) and Path(uri).exists()}
+        page = views.summary(name, there, {}, {}, error=str(error))
+        storage.write_atomic(Path(local_artifact(given.outputs["summary"]["uri"])), page.encode())
 
 
 def _expected(given: Given, name: str) -> Any:

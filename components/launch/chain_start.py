@@ -8,10 +8,10 @@ from typing import Any
 
 from components.launch import batchjob, chain_job, chain_plan, launcher, names, spec, stages
 from components.launch.api import Api
+from components.launch.asked import Asked
 from components.launch.chain import Start
 from components.launch.chain_plan import Step
 from components.launch.spec import JobSpec
-from components.launch.stages import Asked
 from trainer.config import Params
 
 

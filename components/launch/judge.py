@@ -34,7 +34,7 @@ STUCK = {
 }
 
 _MEMORY_HINT = "raise cluster.resources.{stage}.memory, or lower train.batch_size"
-_WAIT_HINT = (
+WAIT_HINT = (
     "ask for less (cluster.gpus_per_node, cluster.job.nodes, cluster.resources), add nodes, "
     "or wait longer: cluster.job.queue_timeout_s"
 )
@@ -207,7 +207,7 @@ def judge(
     if now - history.waiting_since <= spec.queue_timeout_s:
         return Verdict("suspended" if state == "suspended" else "waiting", reason, message)
     late = f"not all of its {spec.nodes} pods ran within {spec.queue_timeout_s:g} s (cluster.job.queue_timeout_s)"
-    return _failed(reason, f"{late}: {message}", _WAIT_HINT)
+    return _failed(reason, f"{late}: {message}", WAIT_HINT)
 
 
 def why_waiting(job: Mapping[str, Any], history: History, refused: Refusal | None, spec: JobSpec) -> tuple[str, str]:
@@ -321,14 +321,19 @@ def _stuck(history: History, spec: JobSpec, now: float) -> Verdict | None:
         pod = rank.pod
         if rank.gone or not rank.stuck_since or now - rank.stuck_since < PATIENCE_S:
             continue
-        if STUCK.get(pod.waiting) == "image":
-            message = f"{pod.rank}: the image {pod.image} cannot be had: {pod.waiting}: {pod.detail}"
-            hint = "correct cluster.image_prefix and cluster.image_tag, push the image, or name cluster.pull_secrets"
-        else:
-            message = f"{pod.rank}: its container cannot be made: {pod.waiting}: {pod.detail}"
-            hint = "create what it names, or correct cluster.secrets and cluster.claim"
-        return _failed(pod.waiting, message, hint, EXIT_BAD_INPUT, (pod.name,))
+        return stuck_verdict(pod)
     return None
+
+
+def stuck_verdict(pod: Pod) -> Verdict:
+    """The failure of a pod whose container cannot be started."""
+    if STUCK.get(pod.waiting) == "image":
+        message = f"{pod.rank}: the image {pod.image} cannot be had: {pod.waiting}: {pod.detail}"
+        hint = "correct cluster.image_prefix and cluster.image_tag, push the image, or name cluster.pull_secrets"
+    else:
+        message = f"{pod.rank}: its container cannot be made: {pod.waiting}: {pod.detail}"
+        hint = "create what it names, or correct cluster.secrets and cluster.claim"
+    return _failed(pod.waiting, message, hint, EXIT_BAD_INPUT, (pod.name,))
 
 
 def _refused(history: History, refused: Refusal | None, now: float) -> Verdict | None:

@@ -96,25 +96,16 @@ def run(
         Stopped: SIGTERM, SIGINT or SIGHUP came.
         ApiError: the API server refuses what the launcher needs, or was away for `API_PATIENCE_S`.
     """
-    try:
-        with _signalled():
-            job = submit.attach(api, spec, manifest, out)
-            with Tracker(api, spec, job, out, on_progress) as tracker:
-                verdict = tracker.wait()
-            if verdict.state == "failed":
-                if tracker.terminal:
-                    # The job and its logs stay for their time to live; what still runs holds accelerators for nothing.
-                    submit.remove_pods(api, spec, tracker.living, out)
-                else:
-                    submit.remove(api, spec, manifest, out=out)
-    except Signalled as end:
-        if not detach:
-            _take_away(api, spec, manifest, out)
-        name = signal.Signals(end.number).name
-        what = "goes on without us" if detach else "was removed"
-        raise Stopped(
-            end.number, f"{name}: {spec.name} {what}", "the same command goes on from its checkpoint"
-        ) from None
+    with guarded(api, spec, manifest, out, detach=detach):
+        job = submit.attach(api, spec, manifest, out)
+        with Tracker(api, spec, job, out, on_progress) as tracker:
+            verdict = tracker.wait()
+        if verdict.state == "failed":
+            if tracker.terminal:
+                # The job and its logs stay for their time to live; what still runs holds accelerators for nothing.
+                submit.remove_pods(api, spec, tracker.living, out)
+            else:
+                submit.remove(api, spec, manifest, out=out)
     history = tracker.history
     waited = max((tracker.began_at or time.time()) - tracker.created, 0.0)
     ok = verdict.state == "succeeded"
@@ -126,6 +117,33 @@ def run(
     end_word = "succeeded" if ok else f"failed ({verdict.reason})"
     out(f"{spec.name}: {end_word}: waited {waited:.0f} s, ran {history.ran_s:.0f} s{again}")
     return outcome
+
+
+@contextmanager
+def guarded(api: Api, spec: JobSpec, manifest: Sequence[Object], out: Out, *, detach: bool) -> Iterator[None]:
+    """Take a job away, with its pods, if a signal comes inside.
+
+    Args:
+        api: the API server.
+        spec: the job.
+        manifest: its objects.
+        out: told what could not be removed.
+        detach: leave the job running.
+
+    Raises:
+        Stopped: a signal came.
+    """
+    try:
+        with _signalled():
+            yield
+    except Signalled as end:
+        if not detach:
+            _take_away(api, spec, manifest, out)
+        name = signal.Signals(end.number).name
+        what = "goes on without us" if detach else "was removed"
+        raise Stopped(
+            end.number, f"{name}: {spec.name} {what}", "the same command goes on from its checkpoint"
+        ) from None
 
 
 @contextmanager

@@ -28,7 +28,8 @@ MAIN = ("pytorch", "node", "main")
 
 _TYPE = "training.kubeflow.org/replica-type"
 _INDEX = ("training.kubeflow.org/replica-index", "batch.kubernetes.io/job-completion-index")
-_REFUSALS = ("FailedCreatePod", "FailedCreate")
+# Reasons of the events by which a controller says that it may not make a pod.
+REFUSALS = ("FailedCreatePod", "FailedCreate")
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def refusal(events: Iterable[Mapping[str, Any]]) -> Refusal | None:
     found = [
         Refusal(str(each.get("message") or each.get("note") or ""), event_time(each))
         for each in events
-        if each.get("reason") in _REFUSALS
+        if each.get("reason") in REFUSALS
     ]
     return max(found, key=lambda each: each.at, default=None)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import re
 import time
 from collections.abc import Callable
@@ -10,17 +9,14 @@ from dataclasses import dataclass, field, replace
 
 from components.launch import judge, logs, observe, submit
 from components.launch.api import Api, Object
+from components.launch.feed import Feed
 from components.launch.judge import History, Verdict
 from components.launch.logs import Follower, Out
 from components.launch.observe import Pod
 from components.launch.spec import JobSpec
-from components.launch.watch import Change, Mirror
+from components.launch.watch import Change
 
-# Seconds without an answer of the API server until we stop waiting; the job goes on, and can be attached to.
-API_PATIENCE_S = 3600.0
 _TICK_S = 1.0
-# What was missed in an outage arrives within this time of its end; deadlines are not judged before.
-_SETTLE_S = 2.0
 # A thousand pods that fail at once tell the same story.
 _MAX_TAILS = 8
 _REPEAT_S = 300.0
@@ -71,29 +67,22 @@ class Tracker:
         self.job: Object | None = self.start
         self.uid = self.start["metadata"]["uid"]
         self.created = observe.seconds(self.start["metadata"].get("creationTimestamp"))
-        self._changes: queue.Queue[Change] = queue.Queue()
-        self._mirrors: list[Mirror] = []
+        name, kind = self.spec.name, self.start["kind"]
+        asked = [
+            (kind, {"field_selector": f"metadata.name={name}"}),
+            ("Pod", {"label_selector": submit.selector(name)}),
+            *(("Event", {"field_selector": f"involvedObject.name={each}"}) for each in event_names(kind, name)),
+        ]
+        self._feed = Feed(self.api, asked, self.spec.namespace, self.out, name)
         self._follower: Follower | None = None
         self._followed: tuple[str, int] = ("", 0)
         self._told: tuple[str, float] = ("", 0.0)
         self._lost = 0
-        self._quiet_until = 0.0
+        self._seen = False
         self._first: tuple[int, float] | None = None
 
     def __enter__(self) -> Tracker:
-        name, place = self.spec.name, self.spec.namespace
-        asked = [
-            (self.start["kind"], {"field_selector": f"metadata.name={name}"}),
-            ("Pod", {"label_selector": submit.selector(name)}),
-            *(
-                ("Event", {"field_selector": f"involvedObject.name={each}"})
-                for each in event_names(self.start["kind"], name)
-            ),
-        ]
-        for kind, options in asked:
-            mirror = Mirror(self.api, kind, self._changes, namespace=place, patience_s=API_PATIENCE_S, **options)
-            self._mirrors.append(mirror)
-            mirror.__enter__()
+        self._feed.__enter__()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -101,8 +90,7 @@ class Tracker:
             self._follower.close() if kind is None else self._follower.abandon()
         # Threads that read may need a second to end; after a signal there is none.
         if kind is not Signalled:
-            for mirror in self._mirrors:
-                mirror.close()
+            self._feed.__exit__()
 
     @property
     def living(self) -> list[str]:
@@ -117,9 +105,12 @@ class Tracker:
     def wait(self) -> Verdict:
         """Watch until the job is over."""
         while True:
-            self._take(_TICK_S)
-            if not all(mirror.synced.is_set() for mirror in self._mirrors) or self._in_trouble():
+            for change in self._feed.take(_TICK_S):
+                self._apply(change)
+            if not self._feed.current:
                 continue
+            if not self._seen:  # the list is in, and the job was not in it
+                self.job = None
             now = time.time()
             self.history.see(self.job, list(self.pods.values()), self.spec, now)
             refused = observe.refusal(self.events.values())
@@ -130,21 +121,7 @@ class Tracker:
             if verdict.over and not ending:
                 return self._explained(verdict)
 
-    def _take(self, within_s: float) -> None:
-        """Take in what has changed, waiting for the first change so long."""
-        try:
-            change = self._changes.get(timeout=within_s)
-            while True:
-                self._apply(change)
-                change = self._changes.get_nowait()
-        except queue.Empty:
-            pass
-
     def _apply(self, change: Change) -> None:
-        if change.error:
-            raise change.error
-        if change.type == "SYNCED":
-            return
         name, gone = change.object["metadata"]["name"], change.type == "DELETED"
         if change.kind == "Pod":
             pod = observe.read_pod(change.object)
@@ -157,21 +134,9 @@ class Tracker:
         elif change.kind == "Event":
             self.events[name] = change.object
         else:
+            self._seen = True
             other = change.object["metadata"]["uid"] != self.uid
             self.job = None if gone or other else change.object
-
-    def _in_trouble(self) -> bool:
-        """Whether the API server is away, or has only just come back: what we know is old, and no deadline is judged by it."""
-        trouble = next((mirror.trouble for mirror in self._mirrors if mirror.trouble), "")
-        now = time.monotonic()
-        if trouble:
-            if not self._quiet_until:
-                self.out(f"{self.spec.name}: {trouble}; the job goes on, and so do we")
-            self._quiet_until = now + _SETTLE_S
-        elif self._quiet_until and now > self._quiet_until:
-            self._quiet_until = 0.0
-            self.out(f"{self.spec.name}: the API server answers again")
-        return bool(self._quiet_until)
 
     def _keep_tail(self, pod: Pod) -> None:
         """Read the end of a failed pod's log at once: the operator removes a pod that it replaces."""

@@ -8,10 +8,7 @@ search.html    history, importance, parallel coordinates and all trials
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from trainer import storage
 from trainer.artifacts.dataset import Dataset
@@ -21,11 +18,10 @@ from trainer.config.names import nearest
 from trainer.errors import Preempted
 from trainer.log import say
 from trainer.stage import Call, Result
-from trainer.tune import plots, space
-from trainer.tune.search import Report, Search, SearchError, search
+from trainer.tune import space
+from trainer.tune.search import Report, SearchError, search
 from trainer.tune.space import Values
-
-VOLATILE = ("trials.jsonl", "search.json", "search.html")  # they hold durations
+from trainer.tune.written import VOLATILE, meta_of, metrics_of, write
 
 
 def run(call: Call) -> Result:
@@ -39,7 +35,7 @@ def run(call: Call) -> Result:
     if not tune.enabled or not tune.space:
         say("tune: off, train takes the parameters as they are")
         write(out, params, None)
-        return Result(volatile=VOLATILE, meta={"tuning": {"enabled": False, "params": {}}})
+        return Result(volatile=VOLATILE, meta=meta_of(params, None))
     from trainer.train.preempt import Preemption
 
     dataset = Dataset(call.inputs["dataset"])
@@ -59,15 +55,8 @@ def run(call: Call) -> Result:
 
         found = search(tune, objective, call.scratch, first=first, evaluations=evaluations)
     best = write(out, params, found)
-    states = [trial.state for trial in found.trials]
-    say(f"tune: best of {len(states)} trials", **{tune.metric: best["value"]}, **best["params"])
-    metrics = {
-        f"best_{tune.metric}": float(best["value"]),
-        "num_trials": float(len(states)),
-        "num_pruned": float(states.count("pruned")),
-        "num_failed": float(states.count("failed")),
-    }
-    return Result(metrics, {"tuning": {"enabled": True, "params": best["params"], "metric": tune.metric}}, VOLATILE)
+    say(f"tune: best of {len(found.trials)} trials", **{tune.metric: best["value"]}, **best["params"])
+    return Result(metrics_of(params, found), meta_of(params, found), VOLATILE)
 
 
 def train_once(params: Params, dataset: Dataset, values: Values, report: Report, scratch: Path | None) -> float:
@@ -105,27 +94,6 @@ def train_once(params: Params, dataset: Dataset, values: Values, report: Report,
     finally:
         if done and scratch:
             storage.remove(scratch)
-
-
-def write(out: Path, params: Params, found: Search | None) -> dict[str, Any]:
-    """Write the four files; returns the content of best.json."""
-    tune = params.tune
-    best: dict[str, Any] = {"params": {}, "value": None, "metric": tune.metric, "direction": tune.direction}
-    best["trial"] = found.best.number if found else None
-    if found:
-        best |= {"params": found.best.params, "value": found.best.value}
-    rows = [asdict(trial) for trial in found.trials] if found else []
-    data = {
-        "metric": tune.metric, "direction": tune.direction, "sampler": tune.sampler, "pruner": tune.pruner,
-        "seed": tune.seed, "space": {key: each.model_dump(mode="json") for key, each in tune.space.items()},
-        "best": best, "trials": rows, "importance": found.importance if found else {},
-    }  # fmt: skip
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    storage.write_json(out / "best.json", best)
-    (out / "trials.jsonl").write_text(lines, encoding="utf-8")
-    storage.write_json(out / "search.json", data)
-    (out / "search.html").write_text(plots.page(data), encoding="utf-8")
-    return best
 
 
 def _fidelity(params: Params) -> Values:
