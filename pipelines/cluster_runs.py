@@ -17,7 +17,8 @@ Json = dict[str, Any]
 # What a person sees fail is known to the cluster as failed some seconds later.
 _ENDING_S = 10.0
 _INSTALL = (
-    "a cluster administrator runs `kubectl apply -k manifests/base`; `millrace doctor --cluster` lists what is missing"
+    "name another --namespace; or an administrator runs `kubectl apply -k manifests/base` "
+    "(`millrace doctor --cluster` lists what is missing)"
 )
 
 

@@ -249,9 +249,7 @@ def _point_latest(folder: Path) -> None:
 
 def _last_screen(promotion: dict[str, Any], params: Params, paint: screen.Paint, took: float, ran: int) -> int:
     champion = local.present_champion(params)
-    for line in screen.last_screen(
-        Path(), paint, took, ran, champion=champion, out=LATEST, run="run --engine docker"
-    ):
+    for line in screen.last_screen(Path(), paint, took, ran, champion=champion, out=LATEST, run="run --engine docker"):
         print(line)
     sys.stdout.flush()
     return EXIT_OK if promotion.get("decision") == "promoted" else EXIT_REFUSED

@@ -158,7 +158,7 @@ class _Terminal:
 
     def _show(self, event: Event) -> None:
         stage, board = event.stage, self.board
-        _keep(self.folder, event.facts)
+        keep(self.folder, event.facts)
         if event.kind == "tick":
             board.tick(self.stage)
         elif event.kind == "line":
@@ -222,7 +222,7 @@ def _params_of(job: dict[str, Any]) -> Params | None:
     return None
 
 
-def _keep(folder: Path, facts: Facts) -> None:
+def keep(folder: Path, facts: Facts) -> None:
     """Write the small files of what a stage made below the run's folder here."""
     for name, content in facts.items():
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:

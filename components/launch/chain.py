@@ -120,20 +120,31 @@ class Chain:
     def _try(self, step: Step, hear: Callable[[str], None]) -> None:
         try:
             self.start(step, hear)
-        except (ApiError, Stopped):
-            raise
         except MillraceError as error:
+            if _interrupted(error):
+                raise
             raise _Failed(step.stage, error) from error
 
     def _facts(self, step: Step) -> Facts | None:
         """The small files of all that a step makes; None unless all of it is complete."""
         found: Facts = {}
         for port, uri in step.outputs.items():
-            facts = chain_facts.facts(uri, port)
+            try:
+                facts = chain_facts.facts(uri, port)
+            except MillraceError as error:
+                raise _Failed(step.stage, error) from error
             if facts is None:
                 return None
             found |= facts
         return found
+
+
+def _interrupted(error: MillraceError) -> bool:
+    """Whether it was the coordinator that could not go on, and its next attempt may."""
+    if isinstance(error, ApiError):
+        # No answer, an old token, too busy; a refusal stays one.
+        return error.status in (0, 401, 429) or error.status >= 500
+    return isinstance(error, Stopped)
 
 
 class _Failed(Exception):
@@ -197,11 +208,16 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 
 def main(args: argparse.Namespace) -> int:
-    """`python -m components.launch chain`; returns its exit status.
+    """`python -m components.launch chain`; returns its exit status."""
+    try:
+        return run(_chain(args))
+    except MillraceError as error:  # a parameter is wrong, or there is no cluster
+        chain_log.say("failed", CONFIGURE, str(error), error.exit_code)
+        chain_log.say("end", CONFIGURE, code=error.exit_code)
+        return error.exit_code
 
-    Raises:
-        ConfigError: a parameter is wrong.
-    """
+
+def _chain(args: argparse.Namespace) -> Chain:
     from components.launch import chain_start
 
     params = chain_plan.settled(load(args.params, args.overrides))
@@ -213,4 +229,4 @@ def main(args: argparse.Namespace) -> int:
     until = args.until or os.environ.get(UNTIL_ENV, "")
     if until and until not in STAGES:
         raise ConfigError(f"--until {until}: no such stage; {nearest(until, STAGES)}", "correct the name")
-    return run(Chain(params, name, chain_start.starter(params, name), until, args.only_if_new))
+    return Chain(params, name, chain_start.starter(params, name), until, args.only_if_new)

@@ -1,6 +1,7 @@
 """The coordinator of a run without Kubeflow Pipelines: what it starts, what it leaves out, and what its terminal is told."""
 
 import json
+import sys
 
 import pytest
 
@@ -11,7 +12,7 @@ from components.launch.launcher import JobFailed, Stopped
 from pipelines import dvcfile
 from trainer.artifacts import manifest
 from trainer.config.load import validate
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, MillraceError
 from trainer.stage import STAGES
 
 ORDER = list(STAGES)
@@ -135,7 +136,11 @@ def test_only_the_coordinators_own_end_is_worth_another_try(tmp_path, capsys, co
     assert told(capsys)[-2] == ("failed", "train", code)
 
 
-@pytest.mark.parametrize("error", [ApiError(0, "Gone", "no answer"), Stopped(15, "SIGTERM")], ids=["api", "signal"])
+@pytest.mark.parametrize(
+    "error",
+    [ApiError(0, "Gone", "no answer"), ApiError(503, "Busy", "starting"), Stopped(15, "SIGTERM")],
+    ids=["no answer", "busy", "signal"],
+)
 def test_a_coordinator_that_is_interrupted_says_nothing_of_a_failure(tmp_path, capsys, error):
     params = params_at(tmp_path)
     assert chain.run(Chain(params, "r1", Cluster(broken={"train": error}))) == 143
@@ -143,6 +148,13 @@ def test_a_coordinator_that_is_interrupted_says_nothing_of_a_failure(tmp_path, c
     after = Cluster()
     assert chain.run(Chain(params, "r1", after)) == 0
     assert after.started[0] == "train"
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 422])
+def test_what_the_cluster_refuses_fails_the_stage_for_good(tmp_path, capsys, status):
+    cluster = Cluster(broken={"train": ApiError(status, "Refused", "pytorchjobs is forbidden")})
+    assert chain.run(Chain(params_at(tmp_path), "r1", cluster)) == 2
+    assert told(capsys)[-2:] == [("failed", "train", 2), ("end", "train", 2)]
 
 
 def test_until_stops_after_the_stage_and_another_attempt_goes_on(tmp_path, capsys):
@@ -266,8 +278,6 @@ def test_what_is_not_complete_has_no_facts(tmp_path):
 
 
 def test_an_object_store_is_asked_in_another_process(tmp_path, monkeypatch):
-    import sys
-
     folder = tmp_path / "model"
     folder.mkdir()
     manifest.seal(folder, "model", {"a": 1}, {"metrics": {"loss": 2.0}})
@@ -339,12 +349,93 @@ def test_the_owner_is_known_only_inside_the_coordinators_pod():
 
 
 @pytest.mark.parametrize("run", ["", "Upper", "a_b", "../x", "a" * 80])
-def test_a_run_without_a_usable_name_is_refused(monkeypatch, run):
+def test_a_run_without_a_usable_name_is_refused(monkeypatch, capsys, run):
     from components.launch.__main__ import parse_args
 
     for name in ("MILLRACE_RUN", "MILLRACE_OWNER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MILLRACE_PARAMS", json.dumps({"cluster": {"claim": "shared"}}))
     args = parse_args(["chain", "--params", "env:MILLRACE_PARAMS", "--run", run])
-    with pytest.raises(ConfigError, match="--run"):
-        chain.main(args)
+    assert chain.main(args) == 2
+    events = [chain_log.read(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(event.kind, event.code) for event in events] == [("failed", 2), ("end", 2)]
+    assert events[0].text.startswith("--run ")
+
+
+def test_a_store_that_cannot_be_read_fails_the_stage_that_needs_it(tmp_path, capsys):
+    (tmp_path / "mnt/runs/r1/dataset").mkdir(parents=True)
+    (tmp_path / "mnt/runs/r1/dataset/manifest.json").mkdir()
+    assert chain.run(Chain(params_at(tmp_path), "r1", Cluster())) == 2
+    assert told(capsys) == [("failed", "preprocess", 2), ("end", "preprocess", 2)]
+
+
+# The terminal
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["--attach", "r1", "--resume"], "--attach and --resume"),
+        (["--resume", "train.lr=1"], "--resume with train.lr=1"),
+        (["--cancel", "r1", "train.lr=1"], "--cancel with train.lr=1"),
+        (["--runs", "train.lr=1"], "--runs with train.lr=1"),
+    ],
+)
+def test_what_cannot_be_asked_for_together_is_refused_before_the_cluster_is_asked(
+    tmp_path, monkeypatch, capsys, words, key
+):
+    from pipelines import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    assert cli.main(["run", "--engine", "kubernetes", *words]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {key}")
+
+
+@pytest.mark.parametrize("word", ["--attach", "--resume", "--cancel", "--detach", "--runs", "--namespace=x"])
+def test_words_of_this_engine_are_refused_by_the_others(tmp_path, monkeypatch, capsys, word):
+    from pipelines import cli
+
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", word]) == 2
+    assert "--engine kubernetes" in capsys.readouterr().err
+
+
+def test_a_wrong_parameter_is_told_before_the_cluster_is_asked_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+    from pipelines import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    assert cli.main(["preset", "use", "text-classify"]) == 0
+    before = (tmp_path / "params.yaml").read_bytes()
+    for words, key in (
+        (["train.lr=-1", "cluster.claim=c"], "train.lr"),
+        (["train.lr=1e-3"], "cluster.store, cluster.claim"),
+    ):
+        assert cli.main(["run", "--engine", "kubernetes", *words]) == 2
+        assert key in capsys.readouterr().err
+    assert (tmp_path / "params.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/etc/evil", "model/../../evil"])
+def test_a_coordinator_writes_nowhere_but_in_the_folder_of_its_run(tmp_path, name):
+    from pipelines import kubernetes_engine
+
+    with pytest.raises(MillraceError):
+        kubernetes_engine.keep(tmp_path / "run", {name: {}})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_coordinator_tells_is_what_the_last_screen_is_drawn_from(tmp_path):
+    from pipelines import kubernetes_engine, screen
+
+    params = params_at(tmp_path)
+    chain.run(Chain(params, "r1", Cluster()))
+    for step in chain_plan.steps(params, chain_plan.root(params, "r1")):
+        for port, uri in step.outputs.items():
+            kubernetes_engine.keep(tmp_path / "here", json.loads(json.dumps(chain_facts.facts(uri, port))))
+    assert screen.stage_summary("train", tmp_path / "here") == "accuracy 0.5"
+    lines = screen.last_screen(tmp_path, screen.Paint(sys.stdout), 3.0, 8, out="here", there="s3://b/r1")
+    assert "  Done in 3.0 s." in lines
+    assert any("s3://b/r1/quantized" in line for line in lines)
+    assert any("here/evaluation/report.html" in line for line in lines)
