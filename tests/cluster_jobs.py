@@ -5,6 +5,7 @@ python -m tests.cluster_jobs '{"name": "job", "namespace": "n", "script": "print
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -12,14 +13,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
-from components.launch import launcher, rbac
+from components.launch import access, launcher
 from components.launch.api import Api, ApiError
 from components.launch.launcher import Outcome
 from components.launch.pytorchjob import pytorchjob
@@ -28,51 +28,23 @@ from components.launch.spec import JobSpec
 # Any image with Python will do; the cluster must have it, or be able to pull it.
 IMAGE = os.environ.get("E2E_PYTHON", "python:3.11-slim")
 ROOT = Path(__file__).resolve().parent.parent
-KUBECTL = ["kubectl", "--request-timeout=30s"]
+
+# Where a launcher process finds its service account, as in a pod: without the library that reads a kubeconfig.
+FOLDER_ENV = "TEST_SERVICE_ACCOUNT"
 
 
-def kubectl(*words: str, stdin: str = "") -> str:
-    """What kubectl prints, with the rights of KUBECONFIG."""
-    done = subprocess.run([*KUBECTL, *words], input=stdin, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, f"kubectl {' '.join(words)}: {done.stderr}"
-    return done.stdout
-
-
-def apply(obj: dict[str, Any]) -> None:
-    kubectl("apply", "-f", "-", stdin=json.dumps(obj))
-
-
-@contextmanager
-def restricted_namespace(name: str) -> Iterator[str]:
-    """A namespace that enforces the policy restricted and lets Katib collect metrics; removed at the end."""
-    labels = {
-        "pod-security.kubernetes.io/enforce": "restricted",
-        "katib.kubeflow.org/metrics-collector-injection": "enabled",
-    }
-    apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
-    try:
-        yield name
-    finally:
-        kubectl("delete", "namespace", name, "--wait=false")
-
-
-def launcher_kubeconfig(namespace: str, folder: Path) -> Path:
-    """A kubeconfig with the rights that the launcher is shipped with, and no others."""
-    account = {"name": rbac.ACCOUNT, "namespace": namespace}
-    apply({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": account})
-    apply(rbac.manifest(rbac.LAUNCHER, rbac.ACCOUNT, namespace))
-    reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": rbac.ACCOUNT}
-    subjects = [{"kind": "ServiceAccount", **account}]
-    apply({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding", "metadata": account,
-           "roleRef": reference, "subjects": subjects})  # fmt: skip
-    token = kubectl("create", "token", rbac.ACCOUNT, "-n", namespace, "--duration=2h").strip()
-    found = yaml.safe_load(kubectl("config", "view", "--raw", "--minify", "--flatten", "-o", "yaml"))
-    found["users"] = [{"name": "launcher", "user": {"token": token}}]
-    found["contexts"][0]["context"] |= {"user": "launcher", "namespace": namespace}
-    path = folder / "launcher.kubeconfig"
-    path.write_text(yaml.safe_dump(found))
-    path.chmod(0o600)
-    return path
+def service_account(kubeconfig: Path, folder: Path) -> dict[str, str]:
+    """Environment of a launcher that logs in as a pod does, with the rights of a kubeconfig."""
+    found = yaml.safe_load(kubeconfig.read_text())
+    cluster = found["clusters"][0]["cluster"]
+    (folder / "token").write_text(found["users"][0]["user"]["token"])
+    (folder / "ca.crt").write_bytes(base64.b64decode(cluster["certificate-authority-data"]))
+    (folder / "namespace").write_text(found["contexts"][0]["context"]["namespace"])
+    server = urlsplit(cluster["server"])
+    return {
+        FOLDER_ENV: str(folder), "KUBERNETES_SERVICE_HOST": str(server.hostname),
+        "KUBERNETES_SERVICE_PORT": str(server.port or 443),
+    }  # fmt: skip
 
 
 def job_spec(name: str, namespace: str, script: str, **changes: Any) -> JobSpec:
@@ -80,6 +52,7 @@ def job_spec(name: str, namespace: str, script: str, **changes: Any) -> JobSpec:
     given: dict[str, Any] = {
         "name": name, "stage": "train", "namespace": namespace, "image": IMAGE, "args": (), "nodes": 2,
         "command": ("python", "-u", "-c", script), "queue_timeout_s": 60.0, "restarts": 2, "grace_s": 2, "shm": "16Mi",
+        "memory": "64Mi", "cpu": "10m",
     }  # fmt: skip
     return JobSpec(**given | changes)
 
@@ -127,11 +100,12 @@ def wait_for(what: Any, within_s: float = 60.0) -> Any:
 class Launcher:
     """A launcher as a process of its own."""
 
-    def __init__(self, kubeconfig: Path, name: str, namespace: str, script: str, **changes: Any) -> None:
+    def __init__(self, login: Path | dict[str, str], name: str, namespace: str, script: str, **changes: Any) -> None:
         asked = json.dumps({"name": name, "namespace": namespace, "script": script, "changes": changes})
+        env = os.environ | (login if isinstance(login, dict) else {"KUBECONFIG": str(login)})
         self.process = subprocess.Popen(
             [sys.executable, "-u", "-m", "tests.cluster_jobs", asked], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, cwd=ROOT, env=os.environ | {"KUBECONFIG": str(kubeconfig)},
+            text=True, cwd=ROOT, env=env,
         )  # fmt: skip
         self.lines = Lines()
         self._thread = threading.Thread(target=self._read, daemon=True)
@@ -175,7 +149,9 @@ def main() -> int:
     spec = job_spec(asked["name"], asked["namespace"], asked["script"], **asked["changes"])
 
     def run() -> int:
-        launcher.run(Api.connect(), spec, [pytorchjob(spec)]).check()
+        folder = os.environ.get(FOLDER_ENV)
+        api = Api(lambda: access.in_cluster(folder=Path(folder))) if folder else Api.connect()
+        launcher.run(api, spec, [pytorchjob(spec)]).check()
         return 0
 
     return exit_status(run)
