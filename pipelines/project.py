@@ -153,6 +153,8 @@ def edit(text: str, tree: Mapping[str, Any]) -> str:
 
     yaml = YAML()
     yaml.preserve_quotes = True
+    # As it was written, not as nothing at all.
+    yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
     yaml.width = 4096
     yaml.indent(mapping=2, sequence=4, offset=2)
     document = yaml.load(text)

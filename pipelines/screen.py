@@ -344,12 +344,12 @@ def last_screen(
         *lines,
         "",
         f"  {paint('Next', 'bold')}",
-        *_next(made, promotion, str(task), run),
+        *_next(made, promotion, str(task), run, not there or is_remote(str(promotion.get("registry")))),
     ]
 
 
-def _next(out: Path, promotion: Mapping[str, Any], task: str, run: str) -> list[str]:
-    """Commands that help after this decision; `run` is the one that made it."""
+def _next(out: Path, promotion: Mapping[str, Any], task: str, run: str, at_hand: bool) -> list[str]:
+    """Commands that help after this decision; `run` is the one that made it, `at_hand`: this machine reaches the registry."""
     ask = {"classify": '"some text"', "lm": '"def main("'}.get(task, "--file pictures.txt")
     named = f"{promotion.get('model')} {promotion.get('version')}"
     steps = [(f"predict {ask}", ""), ("report --open", ""), ("registry ls", ""), (f"{run} train.epochs=12", "")]
@@ -362,8 +362,7 @@ def _next(out: Path, promotion: Mapping[str, Any], task: str, run: str) -> list[
             else (f"{run} tune.enabled=true tune.trials=20", "a search"),
             (f"registry promote {named}", "take it anyway"),
         ]
-    registry = str(promotion.get("registry") or "")
-    if not is_remote(registry) and not Path(registry).is_dir():  # on a volume of the cluster
+    if not at_hand:
         steps = [step for step in steps if not step[0].startswith(("predict", "registry"))]
     name = program()
     return [f"    {name} {words:<36}{f'  # {why}' if why else ''}".rstrip() for words, why in steps]
