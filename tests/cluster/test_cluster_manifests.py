@@ -4,6 +4,7 @@ does what it says, and the samples run as they are.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,7 +77,10 @@ def ended(kind: str, name: str, wanted: str, deadline_s: float = 240) -> Object:
     """The object once its condition `wanted` is true; fails as soon as it has failed."""
 
     def probe() -> Object | None:
-        obj: Object = get(NAMESPACE, kind, name)
+        text = kubectl("-n", NAMESPACE, "get", kind, name, "-o", "json", ok=False)
+        if not text.startswith("{"):
+            return None  # the API server is away for a moment
+        obj: Object = json.loads(text)
         bad = condition(obj, "Failed")
         assert not bad, bad
         return obj if condition(obj, wanted) else None
