@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from components.launch import observe
+from components.launch import batchjob, observe
 from components.launch.api import Api, ApiError
 from components.launch.pytorchjob import pytorchjob
+from components.launch.trainjob import trainjob
 from tests import kube
 from tests.cluster_jobs import Launcher, job_spec, launch, pods, service_account, wait_for
 from trainer.errors import ConfigError
@@ -228,3 +229,19 @@ def _cpu(pid: int) -> float:
     """Processor seconds that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.parametrize(("script", "code"), [("print('done')", 0), ("sys.exit('error: bad\\n  fix: mend')", 1)])
+def test_a_trainjob_ends_as_its_pods_do(api: Api, name: str, script: str, code: int) -> None:
+    spec = job_spec(name, api.namespace, RANK + f"time.sleep(2)\n{script}\n")
+    outcome, lines = launch(api, spec, trainjob(spec))
+    assert (outcome.ok, outcome.exit_code) == (code == 0, code), lines.text
+    assert ("done" in lines) is (code == 0)
+    assert ("bad" in outcome.message) is (code == 1)
+
+
+def test_a_job_of_one_pod_ends_as_the_pod_does(api: Api, name: str) -> None:
+    spec = job_spec(name, api.namespace, "import sys\nsys.exit('error: bad\\n  fix: mend')", nodes=1)
+    outcome, lines = launch(api, spec, [batchjob.job(spec)])
+    assert (outcome.ok, outcome.exit_code) == (False, 1), lines.text
+    assert outcome.message.endswith(": bad")
