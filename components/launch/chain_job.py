@@ -10,7 +10,7 @@ from typing import Any
 from components.launch import batchjob, names, pods
 from components.launch.chain import RUN_ENV, UNTIL_ENV
 from components.launch.chain_plan import CONFIGURE
-from components.launch.spec import PARAMS_ENV, sections, stage
+from components.launch.spec import PARAMS_ENV, stage
 from components.table import TASKS, image
 from trainer.config import Params
 
@@ -36,13 +36,15 @@ def coordinator(params: Params, run: str, namespace: str = "", until: str = "") 
         until: the last stage; empty for all.
     """
     task = replace(TASKS[CONFIGURE], image="launcher")
+    # It reads the store as the stages do, with their variables and secrets.
+    as_a_stage = stage(params, CONFIGURE, name=job_name(run), namespace=namespace, args=(), run=run)
     spec = replace(
-        stage(params, CONFIGURE, name=job_name(run), namespace=namespace, args=(), run=run),
+        as_a_stage,
         stage=STAGE,
         image=image(task, params),
         command=("python", "-m", "components.launch"),
         args=("chain", "--params", f"env:{PARAMS_ENV}"),
-        env={PARAMS_ENV: sections(params, CONFIGURE), RUN_ENV: run, UNTIL_ENV: until},
+        env={**as_a_stage.env, RUN_ENV: run, UNTIL_ENV: until},
         cpu=_CPU,
         memory=_MEMORY,
         service_account=ACCOUNT,

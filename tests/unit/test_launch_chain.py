@@ -304,6 +304,18 @@ def test_the_coordinator_passes_the_policy_restricted_and_has_a_token():
     assert validate(json.loads(env["MILLRACE_PARAMS"].replace("$$", "$"))).cluster.claim == "shared"
 
 
+def test_the_coordinator_reads_the_store_with_the_variables_and_secrets_of_the_stages():
+    cluster = {
+        "store": "s3://b/runs",
+        "job": {"env": {"AWS_ENDPOINT_URL": "http://minio:9000"}},
+        "secrets": {"AWS_ACCESS_KEY_ID": "s/k"},
+    }
+    job = chain_job.coordinator(chain_plan.settled(validate({"cluster": cluster})), "r1")
+    env = {each["name"]: each for each in job["spec"]["template"]["spec"]["containers"][0]["env"]}
+    assert env["AWS_ENDPOINT_URL"]["value"] == "http://minio:9000"
+    assert env["AWS_ACCESS_KEY_ID"]["valueFrom"] == {"secretKeyRef": {"name": "s", "key": "k"}}
+
+
 def test_a_second_coordinator_is_of_the_same_run_with_the_same_parameters():
     made = job_of(until="train")
     # What the API server adds.
