@@ -59,6 +59,7 @@ class Nodes:
         self.running: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, rank: int) -> None:
+        """Start a node, with the variables that the training operator gives a pod."""
         environment = os.environ | {
             "OMP_NUM_THREADS": "1", "PET_NNODES": "2:2", "PET_NPROC_PER_NODE": "1", "PET_RDZV_BACKEND": "c10d",
             "PET_RDZV_ENDPOINT": self.endpoint, "PET_MAX_RESTARTS": "3", "MILLRACE_NODE_RANK": str(rank),
