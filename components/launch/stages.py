@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import PurePosixPath
 
-from components.launch import apart, experiments, launcher, pytorchjob, spec, trainjob, validate
+from components.launch import apart, experiments, launcher, pytorchjob, spec, submit, trainjob, validate
 from components.launch.api import Api, Object
 from components.launch.asked import INPUTS_ANNOTATION, Asked, inputs_value, name_of
 from components.launch.launcher import JobFailed, Outcome
@@ -51,10 +51,14 @@ def run(
     if asked.stage == "tune":
         return experiments.run(api, asked, digests, out=out, detach=detach)
     job, manifest = training(asked, api.namespace, digests)
-    validate.check_apart(manifest)
+    validate.check_apart(manifest, restricted=submit.enforces_restricted(api))
     outcome = launcher.run(api, job, manifest, out=out, on_progress=on_progress, detach=detach)
     if outcome.ok:
-        verify(asked)
+        try:
+            verify(asked)
+        except JobFailed:
+            submit.remove(api, job, manifest, out=out)  # or the next call would find its success again
+            raise
     return outcome
 
 
@@ -75,7 +79,8 @@ def words(asked: Asked) -> list[str]:
     for flag, ports in (("--in", asked.inputs), ("--out", asked.outputs)):
         for port, uri in ports.items():
             found += [flag, f"{port}={uri}"]
-    return found
+    nodes = asked.nodes or asked.params.cluster.job.nodes
+    return found + spec.checkpoints(asked.params, name_of(asked), next(iter(asked.outputs.values())), nodes)
 
 
 def check(asked: Asked) -> None:

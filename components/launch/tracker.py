@@ -20,6 +20,8 @@ _TICK_S = 1.0
 # A thousand pods that fail at once tell the same story.
 _MAX_TAILS = 8
 _REPEAT_S = 300.0
+# An operator that is there takes a job up within this time.
+_OPERATOR_S = 15.0
 # The other ranks of a failed training end within this time, and say more of the cause.
 _ENDING_S = 5.0
 _PROGRESS = re.compile(r"\S+ (\d+)/(\d+)\b(?:.*?\bloss ([-+.\deE]+))?")
@@ -200,7 +202,7 @@ class Tracker:
                 f"{self.spec.name}: {self.history.restarts} of at most {self.spec.restarts} pods put in place again{why}"
             )
             self._lost = self.history.restarts
-        if verdict.over:
+        if verdict.over or (verdict.reason == "NoOperator" and now - self.created < _OPERATOR_S):
             return
         if verdict.state == "running" and not self.began_at:
             self.began_at = now
