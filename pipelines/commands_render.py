@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from components.launch import batchjob, pytorchjob, trainjob
-from components.launch.experiment import experiment
-from components.launch.spec import PARAMS_ENV, stage, training
+from components.launch.experiment import experiment, no_early_stopping
+from components.launch.spec import PARAMS_ENV, checkpoints, stage, training
 from pipelines import kube_yaml
 from pipelines.commands_kfp import params_of
 from pipelines.project import require_installed
@@ -33,8 +33,11 @@ def render(args: Namespace) -> int:
         require_installed("millrace render", "kubeflow.training", "kubeflow_katib_api", "kubeflow_trainer_api")
         from components.launch.validate import check
 
-        made = objects(params, args)
-        check(made, restricted=args.pod_security == "restricted")
+        restricted = args.pod_security == "restricted"
+        made = objects(params, args, restricted)
+        check(made, restricted=restricted)
+        if args.kind == "experiment" and (note := no_early_stopping(params.tune, restricted)):
+            print(f"note: {note}; --pod-security baseline has it", file=sys.stderr)
         text = kube_yaml.documents(made)
     if args.output == "-":
         print(text, end="")
@@ -44,7 +47,7 @@ def render(args: Namespace) -> int:
     return EXIT_OK
 
 
-def objects(params: Params, args: Namespace) -> list[dict[str, Any]]:
+def objects(params: Params, args: Namespace, restricted: bool) -> list[dict[str, Any]]:
     """The objects of a kind, in the order in which they are to be made.
 
     Raises:
@@ -55,10 +58,13 @@ def objects(params: Params, args: Namespace) -> list[dict[str, Any]]:
         raise ConfigError(f"--stage {task}: no such stage; {nearest(task, STAGES)}", "correct the name")
     given = {"name": args.name or f"millrace-{task}", "namespace": args.namespace}
     if kind == "experiment":
-        return experiment(params, args=("trial", *_words(params, args, task, outputs=False)), **given)
+        words = ("trial", *_words(params, args, task, outputs=False))
+        return experiment(params, args=words, restricted=restricted, **given)
     words = (task, *_words(params, args, task))
     if kind == "job":
         return [batchjob.job(stage(params, task, args=words, **given))]
+    output = next(word.partition("=")[2] for word in words if word.startswith("model="))
+    words += tuple(checkpoints(params, given["name"], output, params.cluster.job.nodes))
     spec = training(params, args=words, **given)
     return trainjob.trainjob(spec) if kind == "trainjob" else [pytorchjob.pytorchjob(spec)]
 

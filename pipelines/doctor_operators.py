@@ -199,12 +199,12 @@ def katib(look: Look, restricted: bool) -> None:
             "millrace doctor --cluster --system NAMESPACE-OF-KATIB",
         )
         return
-    _algorithms(look, config)
+    _algorithms(look, config, _used(look, restricted))
     if not restricted:
         return
     restart = f"kubectl rollout restart deployment katib-controller -n {look.system}"
     mended = f"python -m pipelines.katib_config --namespace {look.system} | kubectl apply -f - && {restart}"
-    bare = open_algorithms(config, _used(look))
+    bare = open_algorithms(config, _used(look, restricted))
     if bare:
         look.finding(
             f"Katib's {', '.join(bare)} has no restricted securityContext in configmap {CONFIG_MAP}",
@@ -212,11 +212,10 @@ def katib(look: Look, restricted: bool) -> None:
             mended,
         )
     if look.params.tune.pruner == "median":
-        look.finding(
-            f"tune.pruner median cannot work in namespace {look.namespace}, which enforces restricted",
-            "Katib 0.19 gives the container that stops trials early no security context, and no setting adds one: the "
-            "namespace refuses its pod, and the Experiment stays in Created for ever",
-            "set tune.pruner: none in params.yaml, or cluster.job.tune: pod for Optuna's own pruner",
+        look.note(
+            f"tune.pruner median is left out in namespace {look.namespace}, which enforces restricted",
+            "Katib 0.19 gives the container that stops trials early no security context, and no setting adds one",
+            "nothing if all trials may run to their end; else set cluster.job.tune: pod for Optuna's own pruner",
         )
     if not ((config.get("init") or {}).get("controller") or {}).get("injectSecurityContext"):
         look.finding(
@@ -226,15 +225,16 @@ def katib(look: Look, restricted: bool) -> None:
         )
 
 
-def _used(look: Look) -> Sequence[str]:
+def _used(look: Look, restricted: bool) -> Sequence[str]:
     tune = look.params.tune
-    return [ALGORITHMS[tune.sampler], *(["medianstop"] if tune.pruner == "median" else [])]
+    stops = tune.pruner == "median" and not restricted
+    return [ALGORITHMS[tune.sampler], *(["medianstop"] if stops else [])]
 
 
-def _algorithms(look: Look, config: dict[str, Any]) -> None:
+def _algorithms(look: Look, config: dict[str, Any], used: Sequence[str]) -> None:
     runtime = config.get("runtime") or {}
     there = [each.get("algorithmName") for key in ("suggestions", "earlyStoppings") for each in runtime.get(key) or []]
-    for name in _used(look):
+    for name in used:
         if name not in there:
             setting = "tune.pruner" if name == "medianstop" else f"tune.sampler: {look.params.tune.sampler}"
             look.finding(

@@ -62,22 +62,27 @@ def run(api: Api, asked: Asked, digests: Mapping[str, str], *, out: Out, detach:
         out("tune: off, train takes the parameters as they are")
         publish(asked, None, clock)
         return Outcome("tune", True)
-    job, objects = rendered(asked, api.namespace, digests)
-    validate.check_apart(objects)
+    restricted = submit.enforces_restricted(api)
+    job, objects = rendered(asked, api.namespace, digests, restricted=restricted)
+    validate.check_apart(objects, restricted=restricted)
+    if note := experiment.no_early_stopping(tune, restricted):
+        out(note)
     outcome, found = search(api, job, asked.params, objects, out=out, detach=detach)
     if found:
         publish(asked, found, clock)
     return outcome
 
 
-def rendered(asked: Asked, namespace: str, digests: Mapping[str, str]) -> tuple[JobSpec, list[Object]]:
+def rendered(
+    asked: Asked, namespace: str, digests: Mapping[str, str], *, restricted: bool = True
+) -> tuple[JobSpec, list[Object]]:
     """What a search asks for, and its objects, the Experiment last."""
     words = ["trial", "--params", f"env:{PARAMS_ENV}", "--in", f"dataset={asked.inputs['dataset']}"]
     given: dict[str, Any] = {
         "name": name_of(asked), "namespace": namespace, "args": words, "owner": asked.owner, "run": asked.run,
         "gpus": asked.gpus, "nodes": asked.nodes,
     }  # fmt: skip
-    objects = experiment.experiment(asked.params, **given)
+    objects = experiment.experiment(asked.params, **given, restricted=restricted)
     # So that the Experiment of another dataset is told apart: it is a part of what the digest covers.
     made = objects[-1]
     annotations = made["spec"]["trialTemplate"]["trialSpec"]["metadata"].setdefault("annotations", {})

@@ -60,6 +60,7 @@ RULES: tuple[Rule, ...] = (
     Rule("", "pods", (*_READ, "delete"), "which pod waits or failed, and why; pods of a job that is given up are removed"),
     Rule("", "pods/log", ("get",), "the output of what runs, and the last words of what failed"),
     Rule("", "events", _READ, "why a pod does not start: no room, no image, refused by a policy"),
+    Rule("", "namespaces", ("get",), "the policy that this namespace enforces: what it would refuse is not tried"),
     Rule("batch", "jobs", _RUN, "a run of engine kubernetes: start it, come back to it, end it", (PERSON,)),
     Rule("", "pods", _READ, "where a run is", (PERSON,)),
     Rule("", "pods/log", ("get",), "the output of a run", (PERSON,)),

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from trainer import storage
 from trainer.config import Params
 from trainer.errors import ConfigError
 from trainer.stage import STAGES
@@ -245,3 +246,30 @@ def digest(obj: Mapping[str, Any]) -> str:
     """What tells two rendered objects apart: 16 hex digits over kind and spec; names, labels and owners do not count."""
     told = {key: value for key, value in obj.items() if key not in ("metadata", "status")}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def checkpoints(params: Params, name: str, output: str, nodes: int) -> list[str]:
+    """The option of `python -m trainer train` that says where checkpoints are, which all pods of a job must see.
+
+    Beside an output on the claim they are anyway; of one in an object store they go to the claim.
+
+    Args:
+        params: the configuration.
+        name: of the job.
+        output: URI of what it makes.
+        nodes: its pods.
+
+    Raises:
+        ConfigError: several nodes, and no volume that they share.
+    """
+    cluster = params.cluster
+    if not storage.is_remote(output):
+        return []
+    if cluster.claim:
+        return ["--scratch", f"{cluster.mount}/scratch/{name}"]
+    if nodes > 1:
+        raise ConfigError(
+            f"cluster.claim: not set, and the checkpoints of {nodes} nodes need a volume that all of them mount",
+            "name a PersistentVolumeClaim of access mode ReadWriteMany, or set cluster.job.nodes=1",
+        )
+    return []

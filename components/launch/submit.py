@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
-from components.launch import names, observe
+from components.launch import names, observe, security
 from components.launch.api import Api, ApiError, Object
 from components.launch.spec import JobSpec
 from trainer.errors import ConfigError, MillraceError
@@ -21,6 +21,14 @@ API_S = 300.0
 # Beyond a pod's own grace: the kubelet's and the garbage collector's part in its end.
 REMOVAL_S = 30.0
 _POLL_S = 0.5
+
+
+def enforces_restricted(api: Api) -> bool:
+    """Whether the client's namespace enforces the policy restricted; true if it may not be looked at."""
+    try:
+        return security.enforced(api.get("Namespace", api.namespace, within_s=API_S))
+    except ApiError:
+        return True
 
 
 def attach(api: Api, spec: JobSpec, manifest: Sequence[Object], out: Out) -> Object:

@@ -248,7 +248,6 @@ WRONG = {
                         "Katib's tpe has no restricted securityContext", "pipelines.katib_config --namespace kubeflow"),
     "bare-collector": (katib(lambda found: found.pop("init")), [], "injectSecurityContext is not true", "rollout restart"),
     "no-algorithm": (None, ["tune.sampler=gp"], "no algorithm bayesianoptimization", "tpe, random, medianstop"),
-    "median": (None, ["tune.pruner=median"], "tune.pruner median cannot work", "tune.pruner: none"),
     "no-place": (None, ["cluster.claim="], "neither cluster.store nor cluster.claim", "PersistentVolumeClaim"),
     "no-claim": (drop(CLAIM), [], "claim shared (cluster.claim) does not exist", '"storageClassName":"files"'),
     "alone": (edit(CLAIM, lambda found: found["spec"].update(accessModes=["ReadWriteOnce"])), [], "not ReadWriteMany",
@@ -286,6 +285,12 @@ def test_what_is_wrong_is_the_one_finding_with_its_fix(name, cluster):
     # Without an operator or a namespace, other things cannot be right either.
     if name not in ("no-namespace", "no-operator", "no-class", "no-algorithm", "old-server"):
         assert found.findings == matching
+
+
+def test_early_stopping_that_restricted_refuses_is_a_note(cluster):
+    found = look("tune.pruner=median")
+    assert found.findings == []
+    assert [each.what.split(" in ")[0] for each in found.notes] == ["tune.pruner median is left out"]
 
 
 def test_a_verb_that_is_missing_is_named_and_one_command_gives_all_that_are_alike(cluster):

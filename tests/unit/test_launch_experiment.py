@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from components.launch.experiment import ALGORITHMS, assigned, experiment
+from components.launch.experiment import ALGORITHMS, assigned, experiment, no_early_stopping
 from components.launch.security import pod_specs
 from components.launch.validate import check
 from trainer.config.load import load, parse_override
@@ -22,11 +22,10 @@ SPACE = (
 KINDS = {"pod": "main", "pytorchjob": "pytorch", "trainjob": "node"}
 
 
-def made(*words: str, name: str = "search") -> dict[str, Any]:
+def made(*words: str, name: str = "search", restricted: bool = True) -> dict[str, Any]:
     params = load(None, ["tune.pruner=none", *words])
-    objects = experiment(
-        params, name=name, args=["trial", "--params", "env:MILLRACE_PARAMS", "--in", "dataset=s3://b/d"]
-    )
+    args = ["trial", "--params", "env:MILLRACE_PARAMS", "--in", "dataset=s3://b/d"]
+    objects = experiment(params, name=name, args=args, restricted=restricted)
     check(objects)
     return objects[-1]
 
@@ -148,10 +147,17 @@ def test_every_sampler_has_an_algorithm_with_its_seed() -> None:
 
 
 def test_median_stop() -> None:
-    obj = made("tune.pruner=median", "tune.trials=9")
+    obj = made("tune.pruner=median", "tune.trials=9", restricted=False)
     settings = {row["name"]: row["value"] for row in obj["spec"]["earlyStopping"]["algorithmSettings"]}
     assert settings == {"min_trials_required": "3", "start_step": "2"}
-    assert "earlyStopping" not in made()["spec"]
+    assert "earlyStopping" not in made(restricted=False)["spec"]
+
+
+def test_median_stop_is_left_out_where_its_pod_would_be_refused() -> None:
+    assert "earlyStopping" not in made("tune.pruner=median")["spec"]
+    assert no_early_stopping(Tune(pruner="median"), restricted=True).startswith("tune.pruner: median is left out")
+    assert not no_early_stopping(Tune(pruner="median"), restricted=False)
+    assert "tune.pruner" in refusal("tune.pruner=hyperband")
 
 
 # What is asked for -> how the refusal begins: with its key.

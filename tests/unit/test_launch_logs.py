@@ -43,7 +43,15 @@ def test_empty_lines_are_kept() -> None:
 
 
 def test_the_error_of_a_stage_is_found_behind_what_came_after_it() -> None:
-    lines = ["noise", "error: first", "  fix: no", "error: train.lr: too high", "  of two rows", "  fix: lower it", "bye"]
+    lines = [
+        "noise",
+        "error: first",
+        "  fix: no",
+        "error: train.lr: too high",
+        "  of two rows",
+        "  fix: lower it",
+        "bye",
+    ]
     told = trainer_error(lines)
     assert told is not None
     assert (told.message, told.hint) == ("train.lr: too high\n  of two rows", "lower it")

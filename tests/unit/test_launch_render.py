@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from components.launch import batchjob, names, pods, pytorchjob, trainjob
 from components.launch.experiment import experiment
 from components.launch.security import pod_specs, restricted
-from components.launch.spec import PARAMS_ENV, JobSpec, digest, stage, training
+from components.launch.spec import PARAMS_ENV, JobSpec, checkpoints, digest, stage, training
 from components.launch.validate import check
 from components.table import TASKS
 from trainer.config import Params
@@ -268,3 +268,12 @@ def test_a_run_is_a_label_whatever_it_is_called() -> None:
     labels = names.labels("train", "My run / 2026-11-21 (second)" + "é" * 99)
     assert re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", labels[names.RUN_LABEL])
     assert names.RUN_LABEL not in names.labels("train")
+
+
+def test_checkpoints_are_where_all_pods_see_them() -> None:
+    claim = load(None, ["cluster.claim=shared", "cluster.mount=/data"])
+    assert checkpoints(claim, "train", "/data/run/model", 2) == []
+    assert checkpoints(claim, "train", "s3://bucket/run/model", 2) == ["--scratch", "/data/scratch/train"]
+    assert checkpoints(load(None), "train", "s3://bucket/run/model", 1) == []
+    with pytest.raises(ConfigError, match=r"^cluster.claim: not set, and the checkpoints of 2 nodes"):
+        checkpoints(load(None), "train", "s3://bucket/run/model", 2)
