@@ -53,7 +53,7 @@ def sample(text: str, words: str) -> str:
     """A sample as `millrace render` prints it, with the line that does."""
     line = f"render {words} --namespace {NAMESPACE}"
     args = build_parser().parse_args(shlex.split(line))
-    objects = commands_render.objects(load(PARAMS, args.overrides), args)
+    objects = commands_render.objects(load(PARAMS, args.overrides), args, restricted=True)
     return f"# {text}\n{_MADE}. In this folder:\n# millrace {line}\n{kube_yaml.documents(objects)}"
 
 
