@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -19,7 +19,7 @@ from components.launch import submit
 from components.launch.api import Api, ApiError, Object
 from components.launch.logs import Out
 from components.launch.spec import JobSpec
-from components.launch.tracker import Progress, Signalled, Tracker
+from components.launch.tracker import Signalled, Tracker
 from trainer import signals
 from trainer.errors import MillraceError
 
@@ -78,7 +78,6 @@ def run(
     manifest: Sequence[Object],
     *,
     out: Out = print,
-    on_progress: Callable[[Progress], None] | None = None,
     detach: bool = False,
 ) -> Outcome:
     """Start a job, or attach to it, and wait for its end.
@@ -88,7 +87,6 @@ def run(
         spec: what is asked for.
         manifest: the job as it is rendered, after the objects that it refers to.
         out: takes each line, from several threads: those of rank 0 as they are, ours about the job.
-        on_progress: told of the progress that rank 0 prints.
         detach: leave the job running when a signal ends the launcher.
 
     Raises:
@@ -98,7 +96,7 @@ def run(
     """
     with guarded(api, spec, manifest, out, detach=detach):
         job = submit.attach(api, spec, manifest, out)
-        with Tracker(api, spec, job, out, on_progress) as tracker:
+        with Tracker(api, spec, job, out) as tracker:
             verdict = tracker.wait()
         if verdict.state == "failed":
             if tracker.terminal:

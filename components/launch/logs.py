@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from components.launch import observe
 from components.launch.api import Api, ApiError, Backoff, Stop
 
 Out = Callable[[str], None]
-# Takes a line and when it was printed, in seconds since 1970.
-TimedOut = Callable[[str, float], None]
 
 TAIL = 20
 # Enough to hold the whole of an error behind the traceback of another rank.
@@ -25,46 +23,38 @@ _STAMP = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d) 
 class Once:
     """Lets each line of a log through once, though it is read again from a second before where it broke off.
 
-    The server takes the time to go on from in whole seconds, so up to a second of lines comes twice; a line's own time
-    (in nanoseconds), and for lines of the same time their number, tells what was there before.
+    The server takes the time to go on from in whole seconds, so up to a second of lines comes twice. How many lines of
+    that second were there, by their own time (in nanoseconds), tells what is new; their order does not: standard output
+    and standard error are stamped by two writers, and come a little out of order.
     """
 
     def __init__(self) -> None:
-        self._stamp = ""
-        self._count = 0
-        self._passed = 0
+        self.since = ""
+        """The time to go on from, for the server; empty at the beginning."""
+        self._seen: Counter[str] = Counter()
+        self._again: Counter[str] = Counter()
+        self._from = ""
         self._emit = True
 
-    @property
-    def at(self) -> float:
-        """When the last line was printed, in seconds since 1970."""
-        return observe.seconds(self._stamp)
-
-    @property
-    def since(self) -> str:
-        """The time to go on from, for the server; empty at the beginning."""
-        found = _STAMP.match(self._stamp)
-        return f"{found[1]}{found[3]}" if found else ""
-
     def begin(self) -> None:
-        """The log is being read again."""
-        self._passed, self._emit = 0, True
+        """The log is being read again, from `since`."""
+        self._from, self._again, self._emit = self.since, self._seen.copy(), True
 
     def line(self, line: str) -> str | None:
         """The line without its time; None if it was there before."""
         found = _STAMP.match(line)
         if not found:  # a further piece of a long line
             return line if self._emit else None
-        # The server leaves out zeros at the end of the fraction: compare numbers of the same length.
-        stamp = f"{found[1]}{(found[2] or '.').ljust(10, '0')}{found[3]}"
-        if stamp == self._stamp:
-            self._passed += 1
-            self._emit = self._passed > self._count
-            self._count = max(self._count, self._passed)
-        else:
-            self._emit = stamp > self._stamp
-            if self._emit:
-                self._stamp, self._count, self._passed = stamp, 1, 1
+        second, stamp = f"{found[1]}{found[3]}", found[0].rstrip()
+        self._emit = second >= self._from and not self._again[stamp]
+        if self._emit:
+            if second > self.since:
+                self.since = second
+                self._seen.clear()
+            if second == self.since:
+                self._seen[stamp] += 1
+        elif self._again[stamp]:
+            self._again[stamp] -= 1
         return line[found.end() :] if self._emit else None
 
 
@@ -75,13 +65,13 @@ class Follower(threading.Thread):
         api: the API server.
         pod: name of the pod.
         container: name of its container.
-        out: takes each line and its time.
+        out: takes each line.
         namespace: of the pod.
         before: the follower of the pod in whose place this one came: its lines come first.
     """
 
     def __init__(
-        self, api: Api, pod: str, container: str, out: TimedOut, namespace: str = "", before: Follower | None = None
+        self, api: Api, pod: str, container: str, out: Out, namespace: str = "", before: Follower | None = None
     ) -> None:
         super().__init__(name=f"log-{pod}", daemon=True)
         self._api, self._pod, self._container, self._out, self._before = api, pod, container, out, before
@@ -140,7 +130,7 @@ class Follower(threading.Thread):
             text = self._once.line(line)
             if text is not None:
                 printed += 1
-                self._out(text, self._once.at)
+                self._out(text)
         return printed
 
 

@@ -8,7 +8,7 @@ never takes the result of other inputs for its own.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import PurePosixPath
 
@@ -18,7 +18,6 @@ from components.launch.asked import INPUTS_ANNOTATION, Asked, inputs_value, name
 from components.launch.launcher import JobFailed, Outcome
 from components.launch.logs import Out
 from components.launch.spec import PARAMS_ENV, JobSpec
-from components.launch.tracker import Progress
 from trainer import storage
 from trainer.config import Params
 from trainer.errors import ConfigError, StorageError
@@ -30,7 +29,6 @@ def run(
     asked: Asked,
     *,
     out: Out = print,
-    on_progress: Callable[[Progress], None] | None = None,
     detach: bool = False,
 ) -> Outcome:
     """Run a stage as a job, to its end.
@@ -39,7 +37,6 @@ def run(
         api: the API server.
         asked: the stage.
         out: takes each line.
-        on_progress: told of the progress that rank 0 prints.
         detach: leave the job running when a signal ends the launcher.
 
     Raises:
@@ -52,7 +49,7 @@ def run(
         return experiments.run(api, asked, digests, out=out, detach=detach)
     job, manifest = training(asked, api.namespace, digests)
     validate.check_apart(manifest, restricted=submit.enforces_restricted(api))
-    outcome = launcher.run(api, job, manifest, out=out, on_progress=on_progress, detach=detach)
+    outcome = launcher.run(api, job, manifest, out=out, detach=detach)
     if outcome.ok:
         try:
             verify(asked)

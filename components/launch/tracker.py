@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from components.launch import judge, logs, observe, submit
@@ -24,17 +22,6 @@ _REPEAT_S = 300.0
 _OPERATOR_S = 15.0
 # The other ranks of a failed training end within this time, and say more of the cause.
 _ENDING_S = 5.0
-_PROGRESS = re.compile(r"\S+ (\d+)/(\d+)\b(?:.*?\bloss ([-+.\deE]+))?")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far the training is: steps done and in all, the loss if it was printed, and the seconds that are left."""
-
-    step: int
-    total: int
-    loss: float | None = None
-    left_s: float | None = None
 
 
 class Signalled(BaseException):
@@ -58,7 +45,6 @@ class Tracker:
     spec: JobSpec
     start: Object
     out: Out
-    on_progress: Callable[[Progress], None] | None
     history: History = field(default_factory=History)
     pods: dict[str, Pod] = field(default_factory=dict)
     events: dict[str, Object] = field(default_factory=dict)
@@ -81,7 +67,6 @@ class Tracker:
         self._told: tuple[str, float] = ("", 0.0)
         self._lost = 0
         self._seen = False
-        self._first: tuple[int, float] | None = None
 
     def __enter__(self) -> Tracker:
         self._feed.__enter__()
@@ -167,7 +152,7 @@ class Tracker:
         uid, restarts = self._followed
         if pod.uid != uid:
             self._follower = Follower(
-                self.api, pod.name, pod.container, self._line, self.spec.namespace, before=self._follower
+                self.api, pod.name, pod.container, self.out, self.spec.namespace, before=self._follower
             )
             self._follower.start()
         elif pod.restarts > restarts and self._follower:
@@ -175,23 +160,6 @@ class Tracker:
         self._followed = (pod.uid, pod.restarts)
         if self._follower and (rank.gone or not pod.living):
             self._follower.finish()
-
-    def _line(self, line: str, at: float) -> None:
-        self.out(line)
-        if self.on_progress and (progress := self._progress(line, at)):
-            self.on_progress(progress)
-
-    def _progress(self, line: str, at: float) -> Progress | None:
-        """What a line says of the progress; the time that is left goes by the times at which lines were printed."""
-        found = _PROGRESS.match(line)
-        if not found:
-            return None
-        step, total = int(found[1]), int(found[2])
-        if not self._first or step < self._first[0]:
-            self._first = (step, at)
-        done, passed = step - self._first[0], at - self._first[1]
-        left = (total - step) * passed / done if done > 0 else None
-        return Progress(step, total, float(found[3]) if found[3] else None, left)
 
     def _tell(self, verdict: Verdict, now: float) -> None:
         """Say what has changed, and every few minutes what it still waits for."""

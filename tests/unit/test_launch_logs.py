@@ -26,10 +26,18 @@ def test_lines_of_the_same_time_are_told_apart_by_their_number() -> None:
     assert read(once, f"{A} same", f"{A} same", f"{A} same", f"{B} next") == ["same", "next"]
 
 
-def test_fractions_without_their_last_zeros_are_compared_as_numbers() -> None:
+def test_lines_out_of_order_are_kept() -> None:
+    """Standard output and standard error are stamped by two writers."""
     once = Once()
-    assert read(once, "2026-11-21T10:00:00.09Z early", "2026-11-21T10:00:00.1Z late") == ["early", "late"]
-    assert read(once, "2026-11-21T10:00:01Z whole") == ["whole"]
+    lines = [f"{B} out", f"{A} err", f"{C} out", f"{B} err", "2026-11-21T10:00:01Z next", f"{C} late"]
+    assert read(once, *lines) == ["out", "err", "out", "err", "next", "late"]
+    assert read(once, lines[4], "2026-11-21T10:00:01.5Z new") == ["new"]
+
+
+def test_what_is_older_than_asked_for_was_there_before() -> None:
+    once = Once()
+    read(once, f"{A} one", "2026-11-21T10:00:01Z two")
+    assert read(once, f"{A} one", f"{B} rotated", "2026-11-21T10:00:01Z two") == []
 
 
 def test_further_pieces_of_a_long_line_go_with_their_first() -> None:
