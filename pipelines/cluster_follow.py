@@ -90,9 +90,7 @@ class Following:
         for pod in found:
             if pod.begun and pod.uid not in self._readers:
                 before = next(reversed(self._readers.values()), None)
-                self._readers[pod.uid] = Follower(
-                    self.api, pod.name, _CONTAINER, lambda line, _: self._lines.put(line), before=before
-                )
+                self._readers[pod.uid] = Follower(self.api, pod.name, _CONTAINER, self._lines.put, before=before)
                 self._readers[pod.uid].start()
         living = {pod.uid for pod in found if pod.living}
         for uid, reader in self._readers.items():
