@@ -75,7 +75,13 @@ def in_cluster(namespace: str = "", folder: Path = SERVICE_ACCOUNT) -> Login:
     def token() -> str:
         nonlocal held
         if not held[0] or time.monotonic() - held[1] > _TOKEN_S:
-            held = (f"Bearer {(folder / 'token').read_text().strip()}", time.monotonic())
+            try:
+                text = (folder / "token").read_text().strip()
+            except OSError:
+                if not held[0]:
+                    raise
+                return held[0]  # it is good for an hour, and the kubelet will have put the next one there by then
+            held = (f"Bearer {text}", time.monotonic())
         return held[0]
 
     address = f"[{host}]" if ":" in host else host

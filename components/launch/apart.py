@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from trainer import plugins
-from trainer.errors import EXIT_OK, MillraceError
+from trainer.errors import EXIT_OK, MillraceError, StorageError, redact
 
 _TIMEOUT_S = 600.0
 
@@ -20,10 +20,14 @@ def call(target: str, *arguments: Any) -> Any:
     """What `MODULE:FUNCTION` returns for plain arguments: texts, numbers, lists and dicts of them.
 
     Raises:
-        MillraceError: what the function raises, with its message, hint and exit code.
+        MillraceError: what the function raises, with its message, hint and exit code; StorageError after 10 min.
     """
     words = [sys.executable, "-m", __spec__.name, target, json.dumps(arguments)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        asked = redact(" ".join(map(str, arguments)))
+        raise StorageError(f"{asked}: no answer for {_TIMEOUT_S:g} s", "look at the store and the network") from None
     try:
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):

@@ -108,8 +108,9 @@ def search(
     Raises:
         Stopped: a signal came.
     """
-    with guarded(api, job, objects, out, detach=detach):
+    with guarded(api, job, objects, out, detach=detach) as held:
         start = submit.attach(api, job, objects, out)
+        held.uid = start["metadata"]["uid"]
         began = observe.seconds(start["metadata"].get("creationTimestamp"))
         with _Watch(api, job, params, start, out) as watch:
             verdict = watch.wait()
@@ -123,7 +124,10 @@ def search(
                 if problem := trials.disagreement(watch.experiment or {}, found, params.tune):
                     out(f"{job.name}: {problem}; the latter counts")
         if verdict.state == "failed" and any(pod.living for pod in watch.pods.values()):
-            submit.remove(api, job, objects, out=out)
+            try:
+                submit.remove(api, job, objects, uid=held.uid, out=out)
+            except ApiError as error:  # why it failed is what people need to know
+                out(f"{job.name}: not removed: {error.message}")
     ran = max(time.time() - (watch.began_at or time.time()), 0.0)
     waited = max((watch.began_at or time.time()) - began, 0.0)
     message = f"tune: {verdict.message}" if verdict.message else ""
@@ -183,7 +187,6 @@ class _Watch:
         ]
         self._feed = Feed(self.api, asked, self.job.namespace, self.out, name)
         self._suggestion: Object | None = None
-        self._trial_of: dict[str, str] = {}
         self._tails: dict[str, list[str]] = {}
         self._codes: dict[str, int] = {}
         self._stuck: dict[str, float] = {}
@@ -213,8 +216,19 @@ class _Watch:
             if self._feed.current:
                 verdict = self._judged(time.time())
                 if verdict.over:
+                    self._see_all_trials()
+                    verdict = self._judged(time.time())
+                if verdict.over:
                     return verdict
                 self._tell(verdict.message)
+
+    def _see_all_trials(self) -> None:
+        """The trials as they stand now: the end of the last one may come after that of the Experiment, by another watch."""
+        selector = trials.TRIAL_SELECTOR.format(self.job.name)
+        for each in self.api.list(
+            "Trial", label_selector=selector, namespace=self.job.namespace, within_s=submit.API_S
+        ):
+            self._see_trial(Change("Trial", "MODIFIED", each))
 
     def _see_experiment(self, change: Change) -> None:
         self.experiment = None if change.type == "DELETED" else change.object
@@ -251,8 +265,9 @@ class _Watch:
                 self._stuck.setdefault(pod.name, time.time())
             else:
                 self._stuck.pop(pod.name, None)
-        if pod.begun:
-            self.began_at = self.began_at or time.time()
+        if pod.begun:  # a launcher that attaches goes on with the clock of the one before it
+            began = min(pod.started or time.time(), time.time())
+            self.began_at = min(self.began_at or began, began)
         self._uids.setdefault((trial, pod.rank), {})[pod.uid] = pod.restarts
         if pod.exit and pod.exit.code and trial not in self._tails and len(self._tails) < _MAX_TAILS:
             self._tails[trial] = self._ending(change.object, pod)

@@ -52,7 +52,7 @@ class Feed:
         """All changes that are there, waiting for the first one so long.
 
         Raises:
-            ApiError: what no patience mends.
+            Exception: what ended a watch, an ApiError as a rule: what no patience mends.
         """
         try:
             change = self._changes.get(timeout=within_s)

@@ -239,7 +239,8 @@ def _failed(reason: str, message: str, hint: str, code: int = EXIT_FAILURE, pods
 
 def _job_failed(history: History, condition: Mapping[str, Any], spec: JobSpec) -> Verdict:
     reason, said = str(condition.get("reason") or "Failed"), str(condition.get("message") or "")
-    if "DeadlineExceeded" in reason or "active deadline" in said or "activeDeadline" in said:
+    # The training operator gives no reason of its own: "it was active longer than specified deadline".
+    if "DeadlineExceeded" in reason or "specified deadline" in said or "active deadline" in said:
         hint = "raise cluster.job.run_timeout_s or cluster.job.queue_timeout_s; it goes on from its checkpoint"
         return _failed("DeadlineExceeded", f"its deadline passed: {said}", hint)
     culprit = _culprit(history)

@@ -15,8 +15,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from components.launch import submit
+from components.launch import observe, submit
 from components.launch.api import Api, ApiError, Object
+from components.launch.judge import Verdict
 from components.launch.logs import Out
 from components.launch.spec import JobSpec
 from components.launch.tracker import Signalled, Tracker
@@ -94,16 +95,16 @@ def run(
         Stopped: SIGTERM, SIGINT or SIGHUP came.
         ApiError: the API server refuses what the launcher needs, or was away for `API_PATIENCE_S`.
     """
-    with guarded(api, spec, manifest, out, detach=detach):
+    with guarded(api, spec, manifest, out, detach=detach) as held:
         job = submit.attach(api, spec, manifest, out)
+        held.uid = job["metadata"]["uid"]
         with Tracker(api, spec, job, out) as tracker:
             verdict = tracker.wait()
         if verdict.state == "failed":
-            if tracker.terminal:
-                # The job and its logs stay for their time to live; what still runs holds accelerators for nothing.
-                submit.remove_pods(api, spec, tracker.living, out)
-            else:
-                submit.remove(api, spec, manifest, out=out)
+            try:
+                _clean(api, spec, manifest, tracker, verdict, out)
+            except ApiError as error:  # why it failed is what people need to know
+                out(f"{spec.name}: not removed: {error.message}")
     history = tracker.history
     waited = max((tracker.began_at or time.time()) - tracker.created, 0.0)
     ok = verdict.state == "succeeded"
@@ -117,8 +118,26 @@ def run(
     return outcome
 
 
+def _clean(api: Api, spec: JobSpec, manifest: Sequence[Object], tracker: Tracker, verdict: Verdict, out: Out) -> None:
+    """Let nothing of a job that failed run on, and nobody take it for a success."""
+    if tracker.job is None or not tracker.terminal:
+        submit.remove(api, spec, manifest, uid=tracker.uid, out=out)
+        return
+    # The job and its logs stay for their time to live; what still runs holds accelerators for nothing.
+    if observe.condition(tracker.job)[0] == "succeeded":
+        submit.refute(api, spec, tracker.job, verdict.reason)
+    submit.remove_pods(api, spec, tracker.living, out)
+
+
+@dataclass
+class Held:
+    """The job that a signal takes away: its uid, empty until it was made or found."""
+
+    uid: str = ""
+
+
 @contextmanager
-def guarded(api: Api, spec: JobSpec, manifest: Sequence[Object], out: Out, *, detach: bool) -> Iterator[None]:
+def guarded(api: Api, spec: JobSpec, manifest: Sequence[Object], out: Out, *, detach: bool) -> Iterator[Held]:
     """Take a job away, with its pods, if a signal comes inside.
 
     Args:
@@ -128,15 +147,19 @@ def guarded(api: Api, spec: JobSpec, manifest: Sequence[Object], out: Out, *, de
         out: told what could not be removed.
         detach: leave the job running.
 
+    Yields:
+        Where to write the job's uid, once it is known.
+
     Raises:
         Stopped: a signal came.
     """
+    held = Held()
     try:
         with _signalled():
-            yield
+            yield held
     except Signalled as end:
         if not detach:
-            _take_away(api, spec, manifest, out)
+            _take_away(api, spec, manifest, held.uid, out)
         name = signal.Signals(end.number).name
         what = "goes on without us" if detach else "was removed"
         raise Stopped(
@@ -160,11 +183,11 @@ def _signalled() -> Iterator[None]:
         yield
 
 
-def _take_away(api: Api, spec: JobSpec, manifest: Sequence[Object], out: Out) -> None:
+def _take_away(api: Api, spec: JobSpec, manifest: Sequence[Object], uid: str, out: Out) -> None:
     """Delete what is ours, the request first: Kubeflow kills us 0.6 s after its SIGTERM."""
     with signals.caught(lambda *_: None, *signals.END) if _is_main() else ExitStack():
         try:
-            submit.remove(api, spec, manifest, out=out, within_s=20.0)
+            submit.withdraw(api, spec, manifest, uid=uid, out=out, within_s=20.0)
         except ApiError as error:
             out(f"{spec.name}: not removed: {error.message}")
 

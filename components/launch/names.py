@@ -13,6 +13,8 @@ MANAGER = "millrace"
 JOB_LABEL = "millrace.dev/job"
 RUN_LABEL = "millrace.dev/run"
 SPEC_ANNOTATION = "millrace.dev/spec"
+# Of a job that says it succeeded, though not all of its pods did.
+REFUTED_ANNOTATION = "millrace.dev/refuted"
 
 # Label values and the host names of pods end at 63 characters; Katib refuses Experiments with more than 40.
 MAX_NAME = 63

@@ -58,9 +58,9 @@ def attach(api: Api, spec: JobSpec, manifest: Sequence[Object], out: Out) -> Obj
     )
 
 
-def _find(api: Api, kind: str, name: str, namespace: str) -> Object | None:
+def _find(api: Api, kind: str, name: str, namespace: str, within_s: float = API_S) -> Object | None:
     try:
-        return api.get(kind, name, namespace=namespace, within_s=API_S)
+        return api.get(kind, name, namespace=namespace, within_s=within_s)
     except ApiError as error:
         if error.status != 404:
             raise
@@ -103,13 +103,12 @@ def _digest(obj: Object) -> str:
 
 def _usable(api: Api, spec: JobSpec, job: Object, found: Object, manifest: Sequence[Object], out: Out) -> bool:
     """Whether to attach to a job; False once one that is of no use any more has been removed."""
-    kind, state = job["kind"], observe.condition(found)[0]
+    kind, state = job["kind"], _ended(found)
     if found["metadata"].get("deletionTimestamp"):
         out(f"{kind} {spec.name}: an earlier one is being removed")
         _wait_for_no_job(api, spec, kind)
         return False
-    ours = (found["metadata"].get("labels") or {}).get("app.kubernetes.io/managed-by") == names.MANAGER
-    same = _digest(found) == _digest(job)
+    ours, same = _is_ours(found), _digest(found) == _digest(job)
     if not ours or (not same and state not in ("succeeded", "failed")):
         place = spec.namespace or api.namespace
         what = "that asks for something else" if ours else "that somebody else made"
@@ -124,6 +123,29 @@ def _usable(api: Api, spec: JobSpec, job: Object, found: Object, manifest: Seque
     ended = ", which has ended" if state == "succeeded" else ""
     out(f"{kind} {spec.name}: attached to the one started at {found['metadata']['creationTimestamp']}{ended}")
     return True
+
+
+def _is_ours(found: Object) -> bool:
+    return (found["metadata"].get("labels") or {}).get("app.kubernetes.io/managed-by") == names.MANAGER
+
+
+def _ended(found: Object) -> observe.State:
+    """How a job stands, by its own conditions and by what a launcher has found out about its pods."""
+    refuted = names.REFUTED_ANNOTATION in (found["metadata"].get("annotations") or {})
+    return "failed" if refuted else observe.condition(found)[0]
+
+
+def refute(api: Api, spec: JobSpec, job: Object, reason: str) -> None:
+    """Write on a job that says it succeeded that it did not: the next launcher must not take it for a success.
+
+    Args:
+        api: the API server.
+        spec: the job.
+        job: as it stands.
+        reason: one word.
+    """
+    change = {"metadata": {"annotations": {names.REFUTED_ANNOTATION: reason}}}
+    api.patch(job["kind"], spec.name, change, namespace=spec.namespace, within_s=API_S)
 
 
 def _own(api: Api, spec: JobSpec, found: Object) -> None:
@@ -162,10 +184,33 @@ def remove(
         except ApiError as error:
             if error.status != 409:
                 raise
+            if obj is manifest[-1]:  # another one, that somebody has made since
+                return
     _wait_for_no_job(api, spec, manifest[-1]["kind"])
     left = _wait_for_no_pods(api, spec, spec.grace_s + REMOVAL_S)
     if left and out:
         out(f"{spec.name}: still there after {spec.grace_s + REMOVAL_S:g} s: {', '.join(left)}; their node may be down")
+
+
+def withdraw(
+    api: Api, spec: JobSpec, manifest: Sequence[Object], *, uid: str, out: Out | None = None, within_s: float = API_S
+) -> None:
+    """Remove the job that we wait for, or were just about to make: never one that somebody else made, or asked for.
+
+    Args:
+        api: the API server.
+        spec: the job.
+        manifest: its objects.
+        uid: of the job; empty if it was not known yet.
+        out: told if pods do not go.
+        within_s: seconds in which the API server must take each request.
+    """
+    if not uid:
+        found = _find(api, manifest[-1]["kind"], spec.name, spec.namespace, within_s)
+        if found is None or not _is_ours(found) or _digest(found) != _digest(manifest[-1]):
+            return
+        uid = found["metadata"]["uid"]
+    remove(api, spec, manifest, uid=uid, out=out, within_s=within_s)
 
 
 def remove_pods(api: Api, spec: JobSpec, pods: Sequence[str], out: Out) -> None:

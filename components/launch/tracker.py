@@ -111,6 +111,8 @@ class Tracker:
     def _apply(self, change: Change) -> None:
         name, gone = change.object["metadata"]["name"], change.type == "DELETED"
         if change.kind == "Pod":
+            if self._is_of_another(change.object):
+                return
             pod = observe.read_pod(change.object)
             self.history.see_pod(pod, time.time())
             self._keep_tail(pod)
@@ -124,6 +126,11 @@ class Tracker:
             self._seen = True
             other = change.object["metadata"]["uid"] != self.uid
             self.job = None if gone or other else change.object
+
+    def _is_of_another(self, pod: Object) -> bool:
+        """Whether a pod is left from an earlier job of this name: its node may be down, so that it does not go."""
+        owners = pod["metadata"].get("ownerReferences") or []
+        return any(each.get("kind") == self.start["kind"] and each.get("uid") != self.uid for each in owners)
 
     def _keep_tail(self, pod: Pod) -> None:
         """Read the end of a failed pod's log at once: the operator removes a pod that it replaces."""

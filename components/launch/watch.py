@@ -33,7 +33,7 @@ class Change:
     kind: str
     type: str
     object: Object = field(default_factory=dict)
-    error: ApiError | None = None
+    error: Exception | None = None
 
 
 def watch(api: Api, kind: str, *, label_selector: str = "", field_selector: str = "", namespace: str = "",
@@ -181,7 +181,7 @@ class Mirror:
         self.kind = kind
         self.objects: dict[str, Object] = {}
         self.synced = threading.Event()
-        self.error: ApiError | None = None
+        self.error: Exception | None = None
         self.trouble = ""
         self._api, self._changes, self._options = api, changes, options
         self._stop = Stop()
@@ -210,7 +210,9 @@ class Mirror:
                     rest = {name: held for name, held in self.objects.items() if name != item["metadata"]["name"]}
                     self.objects = rest if change == "DELETED" else {**rest, item["metadata"]["name"]: item}
                 self._put(Change(self.kind, change, item))
-        except ApiError as error:
+        except (
+            Exception
+        ) as error:  # whoever takes the changes raises it: a thread that ends in silence is waited for for ever
             self.error = error
             self._put(Change(self.kind, "ERROR", error=error))
 

@@ -213,6 +213,16 @@ def test_a_replaced_token_is_read_again(pod_folder, certificates, monkeypatch):
     ]  # fmt: skip
 
 
+def test_a_token_that_cannot_be_read_for_a_moment_is_kept(pod_folder, certificates, monkeypatch):
+    monkeypatch.setattr(access, "_TOKEN_S", 0.0)
+    with ApiServer(sends(200), sends(200), tls=tls(certificates)) as server:
+        api = in_pod(server, pod_folder, monkeypatch)
+        api.get("Pod", "p")
+        (pod_folder / "token").unlink()
+        api.get("Pod", "p")
+    assert [each.headers["Authorization"] for each in server.asked] == ["Bearer old", "Bearer old"]
+
+
 def test_a_login_that_stays_wrong_is_an_error(pod_folder, certificates, monkeypatch):
     with ApiServer(*[refuses(401, "Unauthorized")] * 3, tls=tls(certificates)) as server:
         api = in_pod(server, pod_folder, monkeypatch)

@@ -220,6 +220,14 @@ def test_deadline_of_the_job_itself():
     assert play((60, late, [running(0)])).reason == "DeadlineExceeded"
 
 
+def test_the_operators_deadline_is_named_and_not_the_signals_with_which_it_ended_the_pods():
+    late = job()
+    said = "Job job has failed because it was active longer than specified deadline"
+    late["status"]["conditions"] = [{"type": "Failed", "status": "True", "reason": "PyTorchJobFailed", "message": said}]
+    verdict = play((60, late, [ended(0, 143), ended(1, 143)]))
+    assert (verdict.state, verdict.reason) == ("failed", "DeadlineExceeded")
+
+
 def test_restarts_are_counted_over_pods_and_containers():
     history, asked = History(), spec()
     history.see(job(), [running(0), running(1)], asked, T0)

@@ -227,3 +227,23 @@ def test_a_mirror_says_why_it_ended():
         assert "pods is forbidden" in found.error.message
         assert m.error is found.error
         assert not m.synced.is_set()
+
+
+def test_a_mirror_that_breaks_says_so_however_it_broke():
+    """Its thread would end in silence, and whoever waits for the changes would wait for ever."""
+    asked = []
+
+    def token():
+        asked.append(1)
+        if len(asked) > 1:
+            raise OSError("no token")
+        return ""
+
+    changes = queue.Queue()
+    with (
+        ApiServer(listed("1", pod("a", "1"))) as server,
+        Mirror(Api(lambda: Login(server.url, "ns", token)), "Pod", changes),
+    ):
+        kinds = [changes.get(timeout=10) for _ in range(3)]
+    assert [each.type for each in kinds] == ["ADDED", "SYNCED", "ERROR"]
+    assert "no token" in str(kinds[-1].error)
