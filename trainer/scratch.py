@@ -18,11 +18,14 @@ from pathlib import Path
 
 from trainer import storage
 from trainer.errors import StorageError
+from trainer.parallel import nodes
 
 # How long to wait for a run that is just ending.
 PATIENCE_S = 5.0
-# In a training job no other process is at work, but a file server may keep the lock of a machine that was lost.
+# In a job of a cluster no other process is at work, but a file server may keep the lock of a machine that was lost.
 JOB_PATIENCE_S = 120.0
+# Of all pods that millrace asks for, and of those that torchrun's operators make.
+_OF_JOBS = (nodes.NODES, "PET_NNODES")
 # Killed runs with other parameters may still be taken up again; not after so long.
 STALE_S = 7 * 24 * 3600.0
 _LOCK = "lock"
@@ -50,7 +53,7 @@ def held(name: str, fingerprint: str, output: str, place: str = "") -> Iterator[
     root = folder.parent
     was_there = root.exists()
     with storage.explained(folder):
-        descriptor = _wait_for_lock(folder, PATIENCE_S if "PET_NNODES" not in os.environ else JOB_PATIENCE_S)
+        descriptor = _wait_for_lock(folder, _patience())
     if descriptor is None:
         message = f"{folder}: another process runs this stage with the same parameters"
         raise StorageError(message, "wait for it, or end it; or give this run another --scratch=FOLDER")
@@ -73,6 +76,10 @@ def folder_of(name: str, fingerprint: str, output: str, place: str = "") -> Path
     """Where the scratch folder of a run is; arguments as for `held`."""
     root = storage.local_path(place) if place else _beside(output)
     return root / f"{name}-{fingerprint}"
+
+
+def _patience() -> float:
+    return JOB_PATIENCE_S if any(name in os.environ for name in _OF_JOBS) else PATIENCE_S
 
 
 def _wait_for_lock(folder: Path, patience: float) -> int | None:

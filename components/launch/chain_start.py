@@ -13,6 +13,7 @@ from components.launch.chain import Start
 from components.launch.chain_plan import Step
 from components.launch.spec import JobSpec
 from trainer.config import Params
+from trainer.stage import STAGES
 
 
 def starter(params: Params, run: str) -> Start:
@@ -66,7 +67,10 @@ def single(
         namespace: where it runs.
         owner: the ownerReference of what it goes away with.
     """
+    name, output = job_name(step), next(iter(step.outputs.values()))
+    # A stage goes on from what the pod before it has left.
+    args = (*step.args, *(spec.checkpoints(params, name, output, nodes=1) if step.stage in STAGES else ()))
     return spec.stage(
-        params, step.stage, name=job_name(step), namespace=namespace, args=step.args, owner=owner, run=run,
+        params, step.stage, name=name, namespace=namespace, args=args, owner=owner, run=run,
         gpus=chain_plan.gpus(params, step.stage),
     )  # fmt: skip

@@ -11,10 +11,9 @@ from typing import Any
 
 from components.launch import names
 from components.launch.spec import JobSpec, digest
+from trainer.parallel import nodes
 
-NODE_RANK_ENV = "MILLRACE_NODE_RANK"
-NODES_ENV = "MILLRACE_NODES"
-PREFLIGHT_ENV = "MILLRACE_PREFLIGHT"
+NODE_RANK_ENV, NODES_ENV, PREFLIGHT_ENV = nodes.RANK, nodes.NODES, nodes.PREFLIGHT
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 _POWERS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 

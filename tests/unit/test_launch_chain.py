@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from components.launch import chain, chain_facts, chain_job, chain_log, chain_plan, security
+from components.launch import chain, chain_facts, chain_job, chain_log, chain_plan, chain_start, security
 from components.launch.api import ApiError
 from components.launch.chain import Chain
 from components.launch.launcher import JobFailed, Stopped
@@ -451,3 +451,16 @@ def test_what_the_coordinator_tells_is_what_the_last_screen_is_drawn_from(tmp_pa
     assert "  Done in 3.0 s." in lines
     assert any("s3://b/r1/quantized" in line for line in lines)
     assert any("here/evaluation/report.html" in line for line in lines)
+
+
+def test_what_outlives_a_pod_is_on_the_claim_even_where_artifacts_are_not(tmp_path):
+    params = params_at(tmp_path, cluster={"store": "s3://b/runs"}, promote={"registry": "s3://b/registry"})
+    root = chain_plan.root(params, "r")
+    for step in chain_plan.steps(params, root):
+        job = chain_start.single(params, "r", step)
+        assert job.args == (*step.args, "--scratch", f"{params.cluster.mount}/scratch/{job.name}")
+    first = chain.configure(params, root, only_if_new=False)
+    assert chain_start.single(params, "r", first).args == first.args
+    on_claim = params_at(tmp_path)
+    for step in chain_plan.steps(on_claim, chain_plan.root(on_claim, "r")):
+        assert chain_start.single(on_claim, "r", step).args == step.args

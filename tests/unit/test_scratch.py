@@ -94,3 +94,12 @@ def test_a_scratch_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file"), scratch.held("train", "0" * 12, "out", str(tmp_path / "file")):
         pass
+
+
+@pytest.mark.parametrize("name", ["MILLRACE_NODES", "PET_NNODES"])
+def test_a_pod_waits_for_the_lock_of_a_machine_that_was_lost(name, monkeypatch):
+    for each in ("MILLRACE_NODES", "PET_NNODES"):
+        monkeypatch.delenv(each, raising=False)
+    assert scratch._patience() == scratch.PATIENCE_S
+    monkeypatch.setenv(name, "1")
+    assert scratch._patience() == scratch.JOB_PATIENCE_S
