@@ -110,6 +110,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     known = (*OPTIONS, "--namespace", "--name", "--run", "--detach")
     if options := [word for word in rest if word.startswith("-") or "=" not in word]:
         parser.error(f"unrecognized arguments: {' '.join(options)}; {nearest(options[0], known)}")
+    if rest and not hasattr(args, "overrides"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}; {args.name_of_verb} takes no parameters")
     if rest:
         args.overrides += rest
     return args

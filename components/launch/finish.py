@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from components.launch import names, observe
+from components.launch import names, observe, submit
 from components.launch.api import Api, ApiError, Object
 from trainer import executor, finish, log
 from trainer.errors import MillraceError
@@ -54,6 +54,8 @@ def sweep(api: Api, identity: str, *, ended: bool = False) -> list[str]:
         try:
             for each in _found(api, kind, identity):
                 over = observe.condition(each)[0] in ("succeeded", "failed")
+                if over and not ended and kind == "PyTorchJob":
+                    _end_pods(api, each["metadata"]["name"])
                 if ended or not over:
                     name, uid = each["metadata"]["name"], each["metadata"]["uid"]
                     api.delete(kind, name, propagation="Foreground", uid=uid, within_s=_API_S)
@@ -67,6 +69,14 @@ def sweep(api: Api, identity: str, *, ended: bool = False) -> list[str]:
             log.say(f"finish: {kind}s of this run were not removed: {error.message}")
     _wait(api, identity, removed)
     return [" ".join(each) for each in removed]
+
+
+def _end_pods(api: Api, name: str) -> None:
+    """Delete the pods of a job that has ended without them: the operator lets them run, and hold their accelerators."""
+    for pod in api.list("Pod", label_selector=submit.selector(name), within_s=_API_S):
+        if observe.read_pod(pod).living:
+            api.delete("Pod", pod["metadata"]["name"], uid=pod["metadata"]["uid"], within_s=_API_S)
+            log.say(f"finish: pod {pod['metadata']['name']}: ran on after its job had ended, and was removed")
 
 
 def _found(api: Api, kind: str, identity: str) -> list[Object]:

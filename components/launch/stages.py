@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from components.launch import apart, experiments, launcher, pytorchjob, spec, submit, trainjob, validate
 from components.launch.api import Api, Object
@@ -19,7 +19,7 @@ from components.launch.launcher import JobFailed, Outcome
 from components.launch.logs import Out
 from components.launch.spec import PARAMS_ENV, JobSpec
 from trainer import storage
-from trainer.config import Params
+from trainer.configure import is_shared
 from trainer.errors import ConfigError, StorageError
 from trainer.stage import STAGES
 
@@ -93,19 +93,18 @@ def check(asked: Asked) -> None:
             raise ConfigError(f"{asked.stage}: {flag} {port}=URI is missing ({row.help})", f"add {flag} {port}=URI")
     cluster = asked.params.cluster
     for port, uri in (*asked.inputs.items(), *asked.outputs.items()):
-        if not shared(uri, asked.params):
+        if not is_shared(uri, cluster):
             raise ConfigError(
                 f"{asked.stage}: {port} is at {uri}, which the pods of a job cannot reach (pipeline input `store`)",
                 "set store, or cluster.store, to a URI such as s3://bucket/runs, or to a path below cluster.mount "
                 f"({cluster.mount}) and name a PersistentVolumeClaim in cluster.claim",
             )
-
-
-def shared(uri: str, params: Params) -> bool:
-    """Whether all pods reach a URI: it is remote, or on the claim that all mount."""
-    path = PurePosixPath(uri.removeprefix("file://"))
-    mounted = bool(params.cluster.claim) and ".." not in path.parts and path.is_relative_to(params.cluster.mount)
-    return storage.is_remote(uri) or mounted
+        if asked.stage == "tune" and not storage.is_remote(uri) and not Path(cluster.mount).is_dir():
+            # What Katib has found is written from here, hours later.
+            raise ConfigError(
+                f"tune: {port} is at {uri}, and the claim {cluster.claim} is not mounted here, where its result is written",
+                "run it in the cluster (`millrace run --engine kubernetes`), or set cluster.store to an object store",
+            )
 
 
 def digest_of(uri: str) -> str:

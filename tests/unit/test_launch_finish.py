@@ -31,18 +31,22 @@ def deleted(server):
 def test_what_has_not_ended_is_deleted_and_the_rest_is_kept_for_its_logs():
     jobs = listed("1", job("over", "Created", "Succeeded"), job("lost", "Failed"), job("alive", "Created", "Running"))
     held = listed("1", job("queued", "Suspended"))
-    answers = [NO_KIND, jobs, sends(), held, sends(), sends(), NONE, NONE, NONE]
+    pods = listed(
+        "1", pod("over-0", "1", status={"phase": "Succeeded"}), pod("over-1", "1", status={"phase": "Running"})
+    )
+    answers = [NO_KIND, jobs, pods, sends(), NONE, sends(), held, sends(), sends(), NONE, NONE, NONE]
     with ApiServer(*answers) as server:
         removed = finish.sweep(client(server), "run-1")
     assert removed == ["PyTorchJob alive", "TrainJob queued"]
     assert deleted(server) == [
+        (f"/api/v1{NS}/pods/over-1", {"uid": "uid-over-1"}),
         (f"{PYTORCHJOBS}/alive", {"uid": "uid-alive"}),
         (f"{TRAINJOBS}/queued", {"uid": "uid-queued"}),
         (f"{RUNTIMES}/queued", None),
     ]
     assert server.asked[0].path.endswith("/experiments"), "or it would put the jobs of its trials in place again"
     asked = {each.query["labelSelector"] for each in server.asked if each.method == "GET"}
-    assert asked == {"millrace.dev/run=run-1"}
+    assert asked == {"millrace.dev/run=run-1", "millrace.dev/job=over", "millrace.dev/job=lost"}
 
 
 def test_what_has_ended_goes_too_if_that_is_asked_for():

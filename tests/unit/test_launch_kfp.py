@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from components.launch import __main__ as launch_main
 from components.launch import kfp, stages
 from components.launch.asked import Asked, small_files
 from trainer import executor
@@ -72,6 +73,23 @@ def test_artifacts_that_go_through_kfp_itself_are_refused_and_store_is_named() -
     asked = Asked("train", load(None, []), {"dataset": "/minio/a/dataset"}, {"model": "/minio/a/model"})
     with pytest.raises(ConfigError, match="store"):
         stages.check(asked)
+
+
+def test_a_search_whose_result_could_not_be_written_is_refused_before_hours_of_it(tmp_path: Path) -> None:
+    mount = tmp_path / "mnt"
+    params = load(None, ["cluster.claim=data", f"cluster.mount={mount}", "cluster.job.tune=experiment"])
+    asked = Asked("tune", params, {"dataset": f"{mount}/dataset"}, {"tuning": f"{mount}/tuning"})
+    with pytest.raises(ConfigError, match="claim data is not mounted here"):
+        stages.check(asked)
+    mount.mkdir()
+    stages.check(asked)
+
+
+def test_a_parameter_is_no_word_of_clean(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        launch_main.parse_args(["clean", "--run", "r", "train.lr=1"])
+    assert end.value.code == 2
+    assert "clean takes no parameters" in capsys.readouterr().err
 
 
 def test_a_job_of_other_inputs_is_another_one() -> None:
