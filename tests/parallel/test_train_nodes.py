@@ -162,6 +162,20 @@ def test_a_lost_node_comes_back_and_the_model_is_the_same(dataset, tmp_path, ref
         assert "resuming from checkpoint" in job.output()
 
 
+def test_a_first_node_that_is_lost_while_it_publishes_needs_no_other_to_go_on(dataset, tmp_path, reference):
+    with Job(dataset, tmp_path / "job") as job:
+        job.checkpoint()
+        job.tree()
+        job.nodes[0].send_signal(signal.SIGSTOP)  # its ranks go on, but nobody publishes what they make
+        assert job.nodes[1].wait(timeout=DEADLINE) == 0, job.output()
+        assert not job.out.exists()
+        job.lose(0)
+        job.start(0)
+        assert job.finish() == [0, 0], job.output()
+        assert digests(job.out) == reference
+        assert not list(job.scratch.glob("*")), "the scratch folder is left"
+
+
 def test_a_node_that_is_told_to_end_leaves_a_checkpoint_and_the_others_wait_for_it(dataset, tmp_path, reference):
     with Job(dataset, tmp_path / "job") as job:
         before = job.checkpoint()
@@ -211,7 +225,7 @@ def test_a_hung_rank_of_another_node_is_named(dataset, tmp_path):
         end = time.monotonic() + 60
         while time.monotonic() < end and not re.search(r"longer than 5 s", job.output()):
             time.sleep(0.2)
-        assert "waiting for all nodes" in job.output()
+        assert re.search(r"longer than 5 s; in vain for rank 1; waiting for all nodes", job.output()), job.output()
 
 
 def test_nodes_that_do_not_come_are_named():

@@ -23,7 +23,7 @@ from trainer.parallel.lobby import BACKEND, Lobby
 
 # Ranks whose peer is gone hang in a collective and cannot save: they are ended after so many seconds.
 STOP_S = 3
-# The last ranks write the model; a node that is not back after so long has been lost.
+# The ranks of all nodes have ended well, and their agents know it; one that does not say so any more has been lost.
 EXIT_BARRIER_S = 60.0
 # Generations that end within `QUICK_S`, one after the other: the cause is not that nodes come and go.
 QUICK, QUICK_S = 10, 30.0
@@ -52,19 +52,40 @@ class _Agent(LocalElasticAgent):
         super().__init__(*args, **{**options, "exit_barrier_timeout": EXIT_BARRIER_S})
         self._started = time.monotonic()
         self._quick = 0
+        self._done: RunResult | None = None
 
     def _initialize_workers(self, worker_group: Any) -> None:
         super()._initialize_workers(worker_group)
         self._started = time.monotonic()
+        self._done = None
 
     def _stop_workers(self, worker_group: Any) -> None:
         self._shutdown(timeout=STOP_S)
 
     def _monitor_workers(self, worker_group: Any) -> RunResult:
-        result: RunResult = super()._monitor_workers(worker_group)
+        result: RunResult = self._done or super()._monitor_workers(worker_group)
+        if result.state is WorkerState.SUCCEEDED:
+            return self._with_others(result, worker_group)
         if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
             self._remaining_restarts = self._judge([failure.exitcode for failure in result.failures.values()])
         return result
+
+    def _with_others(self, result: RunResult, worker_group: Any) -> RunResult:
+        """The success of this node's ranks, once it is that of all nodes.
+
+        Until then its ranks count as running: torchrun goes on asking the lobby, and a node that was lost meanwhile finds
+        all others when it is back. Their ranks begin again from the newest checkpoint.
+        """
+        store: Any = self._store
+        try:
+            if self._done is None:
+                store.set(f"done/{worker_group.group_rank}", "1")
+                self._done = result
+            if store.check([f"done/{rank}" for rank in range(worker_group.group_world_size)]):
+                return result
+        except RuntimeError:  # its host is gone, as the lobby will find
+            pass
+        return RunResult(state=WorkerState.HEALTHY)
 
     def _judge(self, exit_codes: list[int]) -> int:
         """Restarts that remain before torchrun takes one for this failure."""
@@ -77,5 +98,7 @@ class _Agent(LocalElasticAgent):
         own = any(code < 0 and code != -signal.SIGTERM for code in exit_codes)
         if own or not found or self._quick > QUICK or any(error["kind"] not in FROM_OUTSIDE for error in found):
             return remaining
-        log.say(f"node {nodes.here().rank}: {found[0]['message'].splitlines()[0]}; waiting for all nodes")
+        hung = sorted({rank for error in found for rank in error.get("last", [])})
+        who = f"; in vain for rank {', '.join(map(str, hung))}" if hung else ""
+        log.say(f"node {nodes.here().rank}: {found[0]['message'].splitlines()[0]}{who}; waiting for all nodes")
         return remaining + 1

@@ -21,9 +21,9 @@ from types import FrameType
 from typing import Any
 
 import trainer
-from trainer import errors, storage
+from trainer import errors, log, storage
 from trainer.errors import EXIT_FAILURE, EXIT_PREEMPTED, MillraceError, Preempted
-from trainer.parallel import arrivals, nodes
+from trainer.parallel import arrivals, made, nodes
 from trainer.stage import Call, Result
 
 SPEC, RESULT, FAILURES, ERRORS, ARRIVALS = "spec.json", "result.json", "failures.json", "errors", "arrivals"
@@ -63,6 +63,9 @@ def launch(call: Call, target: str = "trainer.train.produce:train") -> Result:
         storage.remove(place)
         place.mkdir(parents=True)
         return _launch(call, target, place, node)
+    if made.is_kept(call.scratch):
+        log.say("all nodes had done their work; what they made is published")
+        return _result(made.take(call.scratch, call.outputs)) if node.rank == 0 else Result()
     # Not in the scratch folder, which all nodes share.
     with tempfile.TemporaryDirectory(prefix="millrace-ranks-") as own:
         return _launch(call, target, Path(own), node)
@@ -104,9 +107,13 @@ def _launch(call: Call, target: str, place: Path, node: nodes.Node) -> Result:
     if process.returncode == 0 and node.rank:
         return Result()
     if process.returncode == 0:
-        content = json.loads((place / RESULT).read_text(encoding="utf-8"))
-        return Result(**content | {"volatile": tuple(content["volatile"])})
+        return _result((place / RESULT).read_bytes())
     raise explain(place, process.returncode, terminated)
+
+
+def _result(text: bytes) -> Result:
+    content = json.loads(text)
+    return Result(**content | {"volatile": tuple(content["volatile"])})
 
 
 def _meeting(node: nodes.Node) -> list[str]:

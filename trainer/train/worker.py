@@ -10,7 +10,7 @@ from pathlib import Path
 
 from trainer import plugins, storage
 from trainer.config.load import validate
-from trainer.parallel import nodes
+from trainer.parallel import made, nodes
 from trainer.parallel.agent import die_with
 from trainer.parallel.launch import ARRIVALS, RESULT, SPEC, TRANSIENT, forget_error, read_errors, write_error
 from trainer.stage import Call
@@ -51,7 +51,10 @@ def train(place: Path, rank: int) -> None:
             preflight(device, parallel.timeout_s)
         result = plugins.load(spec["target"])(Call(params, inputs, outputs, Path(spec["scratch"])))
     if rank == 0:
-        storage.write_atomic(place / RESULT, json.dumps(asdict(result)).encode())
+        content, scratch = json.dumps(asdict(result)).encode(), Path(spec["scratch"])
+        if several and outputs and not made.is_kept(scratch):
+            made.keep(scratch, outputs, content)
+        storage.write_atomic(place / RESULT, content)
 
 
 if __name__ == "__main__":
