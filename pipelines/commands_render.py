@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,11 @@ def objects(params: Params, args: Namespace, restricted: bool) -> list[dict[str,
         words = ("trial", *_words(params, args, task, outputs=False))
         return experiment(params, args=words, restricted=restricted, **given)
     words = (task, *_words(params, args, task))
+    output = next(word for flag, word in pairwise(words) if flag == "--out").partition("=")[2]
+    nodes = 1 if kind == "job" else params.cluster.job.nodes
+    words += tuple(checkpoints(params, given["name"], output, nodes))
     if kind == "job":
         return [batchjob.job(stage(params, task, args=words, **given))]
-    output = next(word.partition("=")[2] for word in words if word.startswith("model="))
-    words += tuple(checkpoints(params, given["name"], output, params.cluster.job.nodes))
     spec = training(params, args=words, **given)
     return trainjob.trainjob(spec) if kind == "trainjob" else [pytorchjob.pytorchjob(spec)]
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from components.launch import pods
-from components.launch.spec import JobSpec
+from components.launch.spec import JobSpec, check_processes
 
 CONTAINER = "main"
 
@@ -14,8 +14,13 @@ CONTAINER = "main"
 def job(spec: JobSpec) -> dict[str, Any]:
     """The Job. A pod that ended with 1 to 127 fails it at once, as for a PyTorchJob; one that a signal ended, or that was
     deleted, is put in place again, `restarts` times; one that its node evicted does not count.
+
+    Raises:
+        ConfigError: training in more processes than accelerators.
     """
     spec = replace(spec, nodes=1)
+    if spec.stage == "train":  # others work in one process
+        check_processes(spec)
     body: dict[str, Any] = {
         "backoffLimit": spec.restarts,
         "podFailurePolicy": failure_policy(CONTAINER),

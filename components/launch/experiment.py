@@ -13,7 +13,7 @@ from typing import Any
 
 from components.launch import batchjob, names, pods, pytorchjob, trainjob
 from components.launch.security import pod_specs
-from components.launch.spec import JobSpec, stage
+from components.launch.spec import JobSpec, check_processes, stage
 from trainer.config import Params
 from trainer.config.stages import Dimension, Tune
 from trainer.config.text import parse_value
@@ -70,6 +70,7 @@ def experiment(
         params, "tune", name=name, namespace=namespace, args=args, gpus=gpus, nodes=count, owner=owner, run=run
     )
     spec = replace(spec, master=job.master)
+    check_processes(spec)
     before, template = _trial(spec, kind)
     placeholders = {key: f"p{index}" for index, key in enumerate(tune.space)}
     words = [f"{key}=${{trialParameters.{short}}}" for key, short in placeholders.items()]

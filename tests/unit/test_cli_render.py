@@ -136,3 +136,10 @@ def test_the_environment_survives_yaml(capsys: pytest.CaptureFixture[str]) -> No
     (obj,) = rendered(capsys, "pytorchjob", "cluster.claim=c", "train.lr=0.5")
     env = {each["name"]: each.get("value") for pod in pod_specs(obj) for each in pod["containers"][0]["env"]}
     assert json.loads(env["MILLRACE_PARAMS"])["train"]["lr"] == 0.5
+
+
+def test_checkpoints_of_a_model_in_an_object_store_are_on_the_claim(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("cluster.store=s3://bucket/runs", "cluster.claim=shared")
+    for kind in ("job", "pytorchjob", "trainjob"):
+        args = args_of(rendered(capsys, kind, *words, *(("--stage", "train") if kind == "job" else ())))
+        assert args[args.index("--scratch") + 1] == "/mnt/millrace/scratch/millrace-train"

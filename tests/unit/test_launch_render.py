@@ -171,11 +171,23 @@ def test_no_accelerator_asks_for_none() -> None:
     assert "nvidia.com/gpu" in pods.resources(spec_of(gpus=2))["limits"]
 
 
-@pytest.mark.parametrize("kind", ["pytorchjob", "trainjob"])
+@pytest.mark.parametrize("kind", RENDERERS)
 def test_two_processes_never_share_an_accelerator(kind: str) -> None:
     with pytest.raises(ConfigError, match=r"^train\.processes: 4 processes"):
         RENDERERS[kind](spec_of("train.processes=4", "cluster.gpus_per_node=2"))
     RENDERERS[kind](spec_of("train.processes=4"))
+
+
+@pytest.mark.parametrize("kind", ["pod", "pytorchjob", "trainjob"])
+def test_nor_do_those_of_a_trial(kind: str) -> None:
+    words = ["tune.sampler=random", "train.processes=4", "cluster.gpus_per_node=2", f"cluster.job.train={kind}"]
+    with pytest.raises(ConfigError, match=r"^train\.processes: 4 processes"):
+        experiment(load(None, words), name="job", args=["trial"])
+
+
+def test_a_stage_of_one_process_is_not_asked_how_many_train() -> None:
+    params = load(None, ["train.processes=4", "cluster.gpus_per_node=4"])
+    assert batchjob.job(stage(params, "distill", name="job", args=["distill"], gpus=1))
 
 
 def test_accelerators_are_counted_in_one_place() -> None:
