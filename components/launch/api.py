@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from email.utils import parsedate_to_datetime
 from typing import Any, Self, TypeVar
 from urllib.parse import urlencode
 
@@ -30,6 +31,8 @@ _CONNECT_S = 5.0
 _READ_S = 30.0
 _LEAST_READ_S = 10.0
 _PAGE = 500
+# Clocks that differ by less are called the same: dates come in whole seconds.
+_CLOCK_S = 5.0
 # A line of a pod's output that is longer comes in pieces.
 _LONGEST_LINE = 65536
 # So long after an outage the server may still refuse what it allows: it has not read its roles yet.
@@ -51,6 +54,8 @@ class Api:
         self._login = login()
         self._pool = _pool(self._login)
         self._down_at = float("-inf")
+        # The server's clock at one moment of our monotonic one.
+        self._clock = (time.time(), time.monotonic())
 
     @classmethod
     def connect(cls, namespace: str = "") -> Self:
@@ -73,6 +78,11 @@ class Api:
     def host(self) -> str:
         """Address of the API server."""
         return self._login.host
+
+    def now(self) -> float:
+        """Seconds since 1970 by the API server's clock, which dates what happens to a job: ours may be wrong, or be set."""
+        at, then = self._clock
+        return at + time.monotonic() - then
 
     def get(self, kind: str, name: str, *, namespace: str = "", within_s: float = 60.0) -> Object:
         """One object.
@@ -273,7 +283,7 @@ class Api:
         for again in (True, False):
             kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
             headers = {"Accept": "application/json", "Content-Type": kind, "User-Agent": "millrace"}
-            token = login.token()
+            token, began = login.token(), time.monotonic()
             if token:
                 headers["Authorization"] = token
             try:
@@ -286,6 +296,7 @@ class Api:
                 self._down_at = time.monotonic()
                 raise unreachable(error) from None
             if response.status < 300:
+                self._set_clock(response.headers.get("Date", ""), began)
                 return response
             problem = refused(response, f"{method} {address}")
             if problem.status in (502, 503, 504):
@@ -294,6 +305,16 @@ class Api:
                 raise problem
             login = self._renew(login)
         raise AssertionError("unreachable")
+
+    def _set_clock(self, date: str, began: float) -> None:
+        """Take over the server's time, in whole seconds, from an answer that came at once, if ours is another."""
+        now = time.monotonic()
+        try:
+            at = parsedate_to_datetime(date).timestamp()
+        except ValueError:  # a proxy's, perhaps
+            return
+        if now - began < 1.0 and abs(at - self.now()) > _CLOCK_S:
+            self._clock = (at, now)
 
     def _renew(self, old: Login) -> Login:
         with self._lock:

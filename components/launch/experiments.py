@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -128,8 +127,8 @@ def search(
                 submit.remove(api, job, objects, uid=held.uid, out=out)
             except ApiError as error:  # why it failed is what people need to know
                 out(f"{job.name}: not removed: {error.message}")
-    ran = max(time.time() - (watch.began_at or time.time()), 0.0)
-    waited = max((watch.began_at or time.time()) - began, 0.0)
+    ran = max(api.now() - (watch.began_at or api.now()), 0.0)
+    waited = max((watch.began_at or api.now()) - began, 0.0)
     message = f"tune: {verdict.message}" if verdict.message else ""
     out(
         f"{job.name}: {'succeeded' if found else f'failed ({verdict.reason})'}: {len(watch.ended)} trials in {ran:.0f} s"
@@ -191,7 +190,7 @@ class _Watch:
         self._codes: dict[str, int] = {}
         self._stuck: dict[str, float] = {}
         self._uids: dict[tuple[str, str], dict[str, int]] = {}
-        self._waiting_since = time.time()
+        self._waiting_since = self.api.now()
         self._told = ("", 0.0)
         self._told_ended = -1
         self._asked_at = 0.0
@@ -214,10 +213,10 @@ class _Watch:
             for change in self._feed.take(_TICK_S):
                 handlers[change.kind](change)
             if self._feed.current:
-                verdict = self._judged(time.time())
+                verdict = self._judged(self.api.now())
                 if verdict.over:
                     self._see_all_trials()
-                    verdict = self._judged(time.time())
+                    verdict = self._judged(self.api.now())
                 if verdict.over:
                     return verdict
                 self._tell(verdict.message)
@@ -262,11 +261,11 @@ class _Watch:
         else:
             self.pods[pod.name] = pod
             if pod.waiting in STUCK:
-                self._stuck.setdefault(pod.name, time.time())
+                self._stuck.setdefault(pod.name, self.api.now())
             else:
                 self._stuck.pop(pod.name, None)
         if pod.begun:  # a launcher that attaches goes on with the clock of the one before it
-            began = min(pod.started or time.time(), time.time())
+            began = min(pod.started or self.api.now(), self.api.now())
             self.began_at = min(self.began_at or began, began)
         self._uids.setdefault((trial, pod.rank), {})[pod.uid] = pod.restarts
         if pod.exit and pod.exit.code and trial not in self._tails and len(self._tails) < _MAX_TAILS:
@@ -343,8 +342,8 @@ class _Watch:
 
     def _refusals(self) -> list[Object]:
         """Events of pods that were refused: those of the Suggestion's and the trials' controllers bear other names."""
-        if time.time() - self._asked_at > 5.0:
-            self._asked_at = time.time()
+        if self.api.now() - self._asked_at > 5.0:
+            self._asked_at = self.api.now()
             self._events = []
             for reason in observe.REFUSALS:
                 try:
@@ -372,7 +371,7 @@ class _Watch:
         return Verdict("failed", reason, "\n  ".join([said, *lines]), hint, permanent if reasons else EXIT_BAD_INPUT)
 
     def _tell(self, text: str) -> None:
-        now = time.time()
+        now = self.api.now()
         if text and (text != self._told[0] or now - self._told[1] > _REPEAT_S):
             self.out(f"{self.job.name}: {text}")
             self._told = (text, now)

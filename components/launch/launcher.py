@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -106,7 +105,7 @@ def run(
             except ApiError as error:  # why it failed is what people need to know
                 out(f"{spec.name}: not removed: {error.message}")
     history = tracker.history
-    waited = max((tracker.began_at or time.time()) - tracker.created, 0.0)
+    waited = max((tracker.began_at or api.now()) - tracker.created, 0.0)
     ok = verdict.state == "succeeded"
     outcome = Outcome(
         spec.name, ok, verdict.reason, f"{spec.stage}: {verdict.message}", verdict.hint, verdict.exit_code,

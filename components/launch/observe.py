@@ -199,6 +199,13 @@ def refusal(events: Iterable[Mapping[str, Any]]) -> Refusal | None:
     return max(found, key=lambda each: each.at, default=None)
 
 
+def warning(events: Iterable[Mapping[str, Any]]) -> tuple[str, str]:
+    """Reason and message of the last warning, such as FailedMount; empty for none."""
+    found = [each for each in events if each.get("type") == "Warning"]
+    last = max(found, key=event_time, default={})
+    return str(last.get("reason") or ""), str(last.get("message") or last.get("note") or "")
+
+
 def event_time(event: Mapping[str, Any]) -> float:
     """When an event was last seen, in seconds since 1970."""
     series = event.get("series") or {}

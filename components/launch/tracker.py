@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from components.launch import judge, logs, observe, submit
-from components.launch.api import Api, Object
+from components.launch.api import Api, ApiError, Object
 from components.launch.feed import Feed
 from components.launch.judge import History, Verdict
 from components.launch.logs import Follower, Out
@@ -20,6 +20,9 @@ _MAX_TAILS = 8
 _REPEAT_S = 300.0
 # An operator that is there takes a job up within this time.
 _OPERATOR_S = 15.0
+# A pod that has a node begins within this time, unless its image is large; what its events say before that may pass.
+_STARTING_S = 15.0
+_ASK_S = 15.0
 # The other ranks of a failed training end within this time, and say more of the cause.
 _ENDING_S = 5.0
 
@@ -67,6 +70,8 @@ class Tracker:
         self._told: tuple[str, float] = ("", 0.0)
         self._lost = 0
         self._seen = False
+        self._asked_at = 0.0
+        self._warning = ("", "")
 
     def __enter__(self) -> Tracker:
         self._feed.__enter__()
@@ -98,15 +103,31 @@ class Tracker:
                 continue
             if not self._seen:  # the list is in, and the job was not in it
                 self.job = None
-            now = time.time()
+            now = self.api.now()
             self.history.see(self.job, list(self.pods.values()), self.spec, now)
             refused = observe.refusal(self.events.values())
             verdict = judge.judge(self.job, self.history, refused, self.spec, now)
+            verdict = self._with_warning(verdict, now)
             self._tell(verdict, now)
             self._follow()
             ending = self.terminal and self.living and now - self.history.ended_at < _ENDING_S
             if verdict.over and not ending:
                 return self._explained(verdict)
+
+    def _with_warning(self, verdict: Verdict, now: float) -> Verdict:
+        """The verdict with what the kubelet says of a pod that has a node and does not begin: a volume, the network."""
+        pods = (rank.pod for rank in self.history.ranks.values() if not rank.gone)
+        pod = next((pod for pod in pods if pod.node and not pod.begun and not pod.waiting), None)
+        if verdict.reason != "Pending" or not pod or now - self.history.waiting_since < _STARTING_S:
+            return verdict
+        if verdict.over or now - self._asked_at > _ASK_S:
+            self._asked_at = now
+            with suppress(ApiError):
+                selector = f"involvedObject.name={pod.name},involvedObject.uid={pod.uid}"
+                found = self.api.list("Event", field_selector=selector, namespace=self.spec.namespace, within_s=5.0)
+                self._warning = observe.warning(found)
+        reason, said = self._warning
+        return replace(verdict, reason=reason, message=f"{verdict.message}: {reason}: {said}") if reason else verdict
 
     def _apply(self, change: Change) -> None:
         name, gone = change.object["metadata"]["name"], change.type == "DELETED"
@@ -114,7 +135,7 @@ class Tracker:
             if self._is_of_another(change.object):
                 return
             pod = observe.read_pod(change.object)
-            self.history.see_pod(pod, time.time())
+            self.history.see_pod(pod, self.api.now())
             self._keep_tail(pod)
             if gone:
                 self.pods.pop(name, None)

@@ -105,6 +105,18 @@ def test_a_missing_secret_is_named(api: Api, name: str, monkeypatch: pytest.Monk
     assert gone(api, name)
 
 
+def test_a_volume_that_cannot_be_mounted_is_named(api: Api, name: str) -> None:
+    asked = job_spec(name, api.namespace, "print(1)", nodes=1, queue_timeout_s=30.0)
+    job = pytorchjob(asked)
+    pod = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    pod["volumes"].append({"name": "lost", "configMap": {"name": "not-there"}})
+    pod["containers"][0]["volumeMounts"].append({"name": "lost", "mountPath": "/lost"})
+    outcome, lines = launch(api, asked, [job])
+    assert (outcome.ok, outcome.reason) == (False, "FailedMount"), lines.text
+    assert "not-there" in outcome.message
+    assert gone(api, name)
+
+
 def test_killed_and_started_again_it_attaches_to_the_one_job(api: Api, name: str, launcher_kubeconfig: Path) -> None:
     script = RANK + "for i in range(30):\n    print(f'line {i}')\n    time.sleep(0.5)\n"
     with Launcher(launcher_kubeconfig, name, api.namespace, script) as first:
@@ -163,6 +175,11 @@ def test_success_of_worker_0_alone_is_red(
     assert outcome.exit_code != 0
     assert f"worker-1 {word}" in outcome.message or f"worker-1 ended with {word}" in outcome.message
     assert not [pod for pod in pods(api, name) if pod["status"]["phase"] == "Running"]
+    old = api.get("PyTorchJob", name)["metadata"]["uid"]
+    outcome, lines = launch(api, job_spec(name, api.namespace, script))
+    assert "an earlier attempt failed" in lines.text, "a second call must not find a success"
+    assert not outcome.ok
+    assert api.get("PyTorchJob", name)["metadata"]["uid"] != old
 
 
 def test_a_deleted_pod_is_put_in_place_again_and_its_log_goes_on(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from email.utils import formatdate
 
 import pytest
 
@@ -357,3 +358,18 @@ def test_what_waits_for_hours_imports_little():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(found.stdout) < 40_000  # kB; 24 MB on CPython 3.11, of which 11 MB are Python's own
+
+
+def test_time_is_the_servers_and_not_a_wrong_clock_of_ours(monkeypatch):
+    wrong = time.time() - 7200
+    monkeypatch.setattr(time, "time", lambda: wrong)
+
+    def dated(handler):
+        handler.date_time_string = lambda timestamp=None: formatdate(wrong + 7200, usegmt=True)
+        sends()(handler)
+
+    with ApiServer(dated) as server:
+        api = client(server)
+        assert api.now() - wrong < 60
+        api.get("Pod", "p")
+        assert 7190 < api.now() - wrong < 7260
