@@ -18,6 +18,8 @@ _CONTAINER = "main"
 # How often the coordinator's pods are looked at, and how long what they print may lag behind.
 _LOOK_S = 2.0
 _DRAIN_S = 10.0
+# What the kubelet alternates between for as long as an image is not to be had.
+_NO_IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 
 
 @dataclass
@@ -99,7 +101,7 @@ class Following:
         if any(pod.begun and pod.living for pod in found):
             return ""
         if found and found[-1].waiting:
-            return f"the coordinator waits: {found[-1].waiting}: {found[-1].detail}"
+            return _waits(found[-1])
         return self._refusal(job) if not found else ""
 
     def _refusal(self, job: dict[str, Any]) -> str:
@@ -109,6 +111,16 @@ class Following:
             return ""
         refused = observe.refusal(events)
         return f"the coordinator's pod is refused: {refused.message}" if refused else ""
+
+
+def _waits(pod: observe.Pod) -> str:
+    if pod.waiting not in _NO_IMAGE:
+        return f"the coordinator waits: {pod.waiting}: {pod.detail}"
+    return (
+        f"the coordinator waits: its image {pod.image} cannot be pulled\n"
+        "  fix: push it; or end this run with --cancel and start one with another cluster.image_prefix or "
+        "cluster.image_tag, or with cluster.pull_secrets"
+    )
 
 
 def _without_a_word(job: dict[str, Any]) -> MillraceError:

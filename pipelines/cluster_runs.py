@@ -16,22 +16,21 @@ from trainer.errors import ConfigError, MillraceError
 Json = dict[str, Any]
 # What a person sees fail is known to the cluster as failed some seconds later.
 _ENDING_S = 10.0
-_INSTALL = (
-    "name another --namespace; or an administrator runs `kubectl apply -k manifests/base` "
-    "(`millrace doctor --cluster` lists what is missing)"
-)
+_INSTALL = "`millrace doctor --cluster --namespace {0}` says how an administrator makes it; or name another --namespace"
 
 
 def start(api: Api, params: Params, until: str = "") -> Json:
     """Make the coordinator's Job of a new run; returns the Job.
 
     Raises:
-        MillraceError: the namespace has no account for it.
+        MillraceError: there is no such namespace, or it has no account for the run.
         ConfigError: the claim is not there.
         ApiError: the cluster refuses the Job.
     """
-    _require(api, "ServiceAccount", chain_job.ACCOUNT, MillraceError(
-        f"namespace {api.namespace}: has no service account {chain_job.ACCOUNT}", _INSTALL))  # fmt: skip
+    hint = _INSTALL.format(api.namespace)
+    _require(api, "Namespace", api.namespace, MillraceError(f"namespace {api.namespace}: is not in the cluster", hint))
+    account = MillraceError(f"namespace {api.namespace}: has no service account {chain_job.ACCOUNT}", hint)
+    _require(api, "ServiceAccount", chain_job.ACCOUNT, account)
     if params.cluster.claim:
         message = f"cluster.claim: namespace {api.namespace} has no PersistentVolumeClaim {params.cluster.claim}"
         hint = "make it, of access mode ReadWriteMany, or name another one: `kubectl get pvc`"

@@ -200,5 +200,26 @@ def test_a_namespace_without_the_account_or_the_claim_is_told_what_it_lacks(name
     kubectl("-n", namespace, "delete", "serviceaccount", "millrace-launcher")
     _, err = millrace(*SMALL, *CLUSTER).end(2)
     assert "millrace-launcher" in err
-    assert "manifests/base" in err
+    assert "doctor --cluster --namespace" in err
     assert get(namespace, "jobs") == []
+
+
+def test_an_experiment_searches_and_its_best_values_are_what_two_nodes_train_with(
+    namespace: str, project: Path, millrace: Millrace, volume: Volume
+) -> None:
+    words = ["cluster.job.tune=experiment", "cluster.job.parallel_trials=2", "tune.trials=4", "tune.sampler=random"]
+    space = "tune.space={train.lr: {type: float, low: 0.01, high: 0.05}, train.weight_decay: {type: float, low: 0.0, high: 0.2}}"
+    jobs = ["cluster.job.train=pytorchjob", "cluster.job.nodes=2"]
+    out, _ = millrace(*SMALL, *CLUSTER, *words, space, *jobs, "--until", "train").end(0)
+    (experiment,) = get(namespace, "experiments")
+    assert kube.condition(experiment, "Succeeded"), out
+    optimal = experiment["status"]["currentOptimalTrial"]
+    run = f"runs/{experiment['metadata']['labels']['millrace.dev/run']}"
+    trials = [json.loads(line) for line in volume.text(f"{run}/tuning/trials.jsonl").splitlines()]
+    best = json.loads(volume.text(f"{run}/tuning/best.json"))
+    assert len(trials) == 4
+    assert best["value"] == max(trial["value"] for trial in trials)
+    assert best["params"] == {row["name"]: float(row["value"]) for row in optimal["parameterAssignments"]}
+    record = json.loads(volume.text(f"{run}/model/manifest.json"))["record"]
+    used = {key: record["params"]["train"][key.removeprefix("train.")] for key in best["params"]}
+    assert used == best["params"]

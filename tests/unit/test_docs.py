@@ -12,7 +12,7 @@ from pipelines import docs
 from pipelines.cli import build_parser
 from trainer import __version__
 from trainer.__main__ import build_parser as build_stage_parser
-from trainer.config.load import parse_override, validate
+from trainer.config.load import parse_override, read_tree, validate
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -89,6 +89,10 @@ def test_command_parses(page: str, line: str) -> None:
         files = [path for flag, path in itertools.pairwise(words) if flag in ("-f", "-k") and path != "-"]
         files += [word for word in shlex.split(line) if word.startswith("manifests/")]
         assert all((ROOT / path).exists() for path in files)
+    elif words[:2] == ["cat", "-"]:
+        tree = read_tree(ROOT / "params.yaml")
+        assert list(tree)[-1] == "cluster", "sed cuts off what comes after it"
+        validate(tree | read_tree(ROOT / words[2]))
     else:
         assert line == ". .venv/bin/activate", "a command that no test knows how to run"
 
