@@ -47,11 +47,13 @@ def reference(local_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 class Launched:
     """A launcher that trains on the cluster, as a process here with the launcher's rights."""
 
-    def __init__(self, namespace: str, environment: dict[str, str], dataset: str, place: Path, kind: str) -> None:
+    def __init__(
+        self, namespace: str, environment: dict[str, str], dataset: str, place: Path, kind: str, *words: str
+    ) -> None:
         self.namespace, self.name, self.log = namespace, "train", place / "launcher.log"
         command = [sys.executable, "-m", "components.launch", "train", "--params", "params.yaml", "--name", self.name]
         command += ["--namespace", namespace, "--in", f"dataset={dataset}", "--out", f"model={MOUNT}/run/model"]
-        command += [*WORDS, *CLUSTER, f"cluster.job.train={kind}"]
+        command += [*WORDS, *CLUSTER, f"cluster.job.train={kind}", *words]
         with open(self.log, "w", encoding="utf-8") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
@@ -73,8 +75,10 @@ class Launched:
 
 
 @contextmanager
-def launched(namespace: str, environment: dict[str, str], dataset: str, place: Path, kind: str) -> Iterator[Launched]:
-    running = Launched(namespace, environment, dataset, place, kind)
+def launched(
+    namespace: str, environment: dict[str, str], dataset: str, place: Path, kind: str, *words: str
+) -> Iterator[Launched]:
+    running = Launched(namespace, environment, dataset, place, kind, *words)
     try:
         yield running
     finally:
@@ -125,3 +129,13 @@ def test_a_trainjob_makes_the_same_model(
         job.wait()
         assert made(volume) == reference
     assert condition(get(namespace, "trainjob", job.name), "Complete")
+
+
+def test_a_master_is_refused_before_anything_is_sent(
+    namespace: str, environment: dict[str, str], dataset: str, tmp_path: Path
+) -> None:
+    with launched(namespace, environment, dataset, tmp_path, "pytorchjob", "cluster.job.master=true") as job:
+        assert job.process.wait(timeout=120) == 2, job.output()
+        assert "cluster.job.master" in job.output()
+        assert "restricted" in job.output()
+    assert get(namespace, "pytorchjobs") == []
