@@ -81,11 +81,15 @@ def _launch(args: argparse.Namespace) -> int:
     from components.launch.api import Api
     from trainer.config.load import load
 
+    params = load(args.params, args.overrides)
+    api = Api.connect(args.namespace)
+    # An owner in another namespace does not exist there: the job would be deleted as soon as it is made.
+    here = not args.namespace or api.namespace == Api.connect().namespace
     job = asked.Asked(
-        args.name_of_verb, load(args.params, args.overrides), parse_ports(args.inputs, "--in"),
-        parse_ports(args.outputs, "--out"), name=args.name, run=args.run, owner=submit.step_owner(os.environ),
+        args.name_of_verb, params, parse_ports(args.inputs, "--in"), parse_ports(args.outputs, "--out"),
+        name=args.name, run=args.run, owner=submit.step_owner(os.environ) if here else None,
     )  # fmt: skip
-    stages.run(Api.connect(args.namespace), job, detach=args.detach).check()
+    stages.run(api, job, detach=args.detach).check()
     return EXIT_OK
 
 

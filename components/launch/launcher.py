@@ -17,7 +17,7 @@ from types import FrameType
 from components.launch import observe, submit
 from components.launch.api import Api, ApiError, Object
 from components.launch.judge import Verdict
-from components.launch.logs import Out
+from components.launch.logs import Out, say
 from components.launch.spec import JobSpec
 from components.launch.tracker import Signalled, Tracker
 from trainer import signals
@@ -77,7 +77,7 @@ def run(
     spec: JobSpec,
     manifest: Sequence[Object],
     *,
-    out: Out = print,
+    out: Out = say,
     detach: bool = False,
 ) -> Outcome:
     """Start a job, or attach to it, and wait for its end.

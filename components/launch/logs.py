@@ -20,6 +20,11 @@ _TAIL_WITHIN_S = 3.0
 _STAMP = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d) ?")
 
 
+def say(line: str) -> None:
+    """Print a line in one piece: `print` writes the line and its end apart, and several threads print here."""
+    print(f"{line}\n", end="", flush=True)
+
+
 class Once:
     """Lets each line of a log through once, though it is read again from a second before where it broke off.
 

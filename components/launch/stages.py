@@ -16,7 +16,7 @@ from components.launch import apart, experiments, launcher, pytorchjob, spec, su
 from components.launch.api import Api, Object
 from components.launch.asked import INPUTS_ANNOTATION, Asked, inputs_value, name_of
 from components.launch.launcher import JobFailed, Outcome
-from components.launch.logs import Out
+from components.launch.logs import Out, say
 from components.launch.spec import PARAMS_ENV, JobSpec
 from trainer import storage
 from trainer.configure import is_shared
@@ -28,7 +28,7 @@ def run(
     api: Api,
     asked: Asked,
     *,
-    out: Out = print,
+    out: Out = say,
     detach: bool = False,
 ) -> Outcome:
     """Run a stage as a job, to its end.
