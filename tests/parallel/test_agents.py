@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from tests.parallel.test_train_nodes import free_port
+from trainer.parallel import made
 
 pytestmark = pytest.mark.parallel
 
@@ -45,6 +47,7 @@ class Agents:
     def start(self, node: int) -> None:
         own = self.place / f"node-{node}"
         (own / "errors").mkdir(parents=True, exist_ok=True)
+        (own / "spec.json").write_text(json.dumps({"scratch": str(self.place / "scratch")}), encoding="utf-8")
         environment = {
             **os.environ, "PET_NNODES": f"{COUNT}:{COUNT}", "PET_RDZV_ENDPOINT": f"localhost:{self.port}",
             "MILLRACE_NODE_RANK": str(node),
@@ -86,3 +89,14 @@ def test_a_node_whose_ranks_are_done_is_there_for_one_that_is_lost(tmp_path, los
         agents.wait_for("began", lost, 2)
         (tmp_path / "go").touch()
         assert [agent.wait(timeout=DEADLINE) for _, agent in sorted(agents.running.items())] == [0, 0, 0]
+
+
+def test_what_is_made_needs_no_node_that_was_lost(tmp_path):
+    with Agents(tmp_path) as agents:
+        agents.wait_for("ended", 2, 1)
+        agents.wait_for("began", 0, 1)
+        agents.wait_for("began", 1, 1)
+        agents.lose(1)
+        made.keep(tmp_path / "scratch", {}, b"{}")
+        (tmp_path / "go").touch()
+        assert [agents.running[node].wait(timeout=DEADLINE) for node in (0, 2)] == [0, 0]

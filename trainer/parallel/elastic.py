@@ -6,6 +6,7 @@ Ranks that fail because another node is gone are no failure of this node: they d
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -17,14 +18,14 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvou
 from torch.distributed.launcher import api
 
 from trainer import log
-from trainer.parallel import nodes
-from trainer.parallel.launch import FROM_OUTSIDE, TRANSIENT, read_errors
+from trainer.parallel import made, nodes
+from trainer.parallel.launch import FROM_OUTSIDE, SPEC, TRANSIENT, read_errors
 from trainer.parallel.lobby import BACKEND, Lobby
 
 # Ranks whose peer is gone hang in a collective and cannot save: they are ended after so many seconds.
 STOP_S = 3
 # The ranks of all nodes have ended well, and their agents know it; one that does not say so any more has been lost.
-EXIT_BARRIER_S = 60.0
+EXIT_BARRIER_S = 10.0
 # Generations that end within `QUICK_S`, one after the other: the cause is not that nodes come and go.
 QUICK, QUICK_S = 10, 30.0
 
@@ -71,7 +72,7 @@ class _Agent(LocalElasticAgent):
         return result
 
     def _with_others(self, result: RunResult, worker_group: Any) -> RunResult:
-        """The success of this node's ranks, once it is that of all nodes.
+        """The success of this node's ranks, once it is that of all nodes, or what they had to make is there.
 
         Until then its ranks count as running: torchrun goes on asking the lobby, and a node that was lost meanwhile finds
         all others when it is back. Their ranks begin again from the newest checkpoint.
@@ -81,17 +82,25 @@ class _Agent(LocalElasticAgent):
             if self._done is None:
                 store.set(f"done/{worker_group.group_rank}", "1")
                 self._done = result
-            if store.check([f"done/{rank}" for rank in range(worker_group.group_world_size)]):
+            if self._is_made() or store.check([f"done/{rank}" for rank in range(worker_group.group_world_size)]):
                 return result
         except RuntimeError:  # its host is gone, as the lobby will find
             pass
         return RunResult(state=WorkerState.HEALTHY)
 
+    def _is_made(self) -> bool:
+        """Whether no other node is needed any more: whoever comes back finds its work done."""
+        try:
+            spec = json.loads((self.where / SPEC).read_bytes())
+        except OSError:
+            return False
+        return made.is_kept(Path(spec["scratch"]))
+
     def _judge(self, exit_codes: list[int]) -> int:
         """Restarts that remain before torchrun takes one for this failure."""
         remaining = int(self._remaining_restarts)
         found = list(read_errors(self.where).values())
-        if any(error["kind"] not in TRANSIENT for error in found):
+        if any(error["kind"] not in TRANSIENT for error in found) or self._is_made():
             return 0
         self._quick = self._quick + 1 if time.monotonic() - self._started < QUICK_S else 0
         # A rank that a signal has ended writes nothing; torchrun itself ends the others by SIGTERM.

@@ -63,12 +63,16 @@ def launch(call: Call, target: str = "trainer.train.produce:train") -> Result:
         storage.remove(place)
         place.mkdir(parents=True)
         return _launch(call, target, place, node)
-    if made.is_kept(call.scratch):
-        log.say("all nodes had done their work; what they made is published")
-        return _result(made.take(call.scratch, call.outputs)) if node.rank == 0 else Result()
-    # Not in the scratch folder, which all nodes share.
-    with tempfile.TemporaryDirectory(prefix="millrace-ranks-") as own:
-        return _launch(call, target, Path(own), node)
+    if not made.is_kept(call.scratch):
+        # Not in the scratch folder, which all nodes share.
+        with tempfile.TemporaryDirectory(prefix="millrace-ranks-") as own:
+            try:
+                return _launch(call, target, Path(own), node)
+            except RankFailed:
+                if not made.is_kept(call.scratch):
+                    raise
+    log.say("all nodes have done their work; what they made is published")
+    return _result(made.take(call.scratch, call.outputs)) if node.rank == 0 else Result()
 
 
 def _launch(call: Call, target: str, place: Path, node: nodes.Node) -> Result:

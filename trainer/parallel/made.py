@@ -42,6 +42,7 @@ def take(scratch: Path, outputs: Mapping[str, Path]) -> bytes:
 
 def _copy(source: str, target: str) -> None:
     """A second name for the file where the file system gives one, else a durable copy."""
+    Path(target).unlink(missing_ok=True)  # of a rank that was ended; it may be the same file
     try:
         os.link(source, target)
     except OSError:

@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from trainer import plugins, storage
+from trainer import log, plugins, storage
 from trainer.config.load import validate
 from trainer.parallel import made, nodes
 from trainer.parallel.agent import die_with
@@ -53,7 +53,10 @@ def train(place: Path, rank: int) -> None:
     if rank == 0:
         content, scratch = json.dumps(asdict(result)).encode(), Path(spec["scratch"])
         if several and outputs and not made.is_kept(scratch):
-            made.keep(scratch, outputs, content)
+            try:
+                made.keep(scratch, outputs, content)
+            except OSError as error:  # it is for the case that this node is lost, nothing more
+                log.say(f"{scratch}: no second copy of the model is kept there: {error}")
         storage.write_atomic(place / RESULT, content)
 
 
