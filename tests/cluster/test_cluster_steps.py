@@ -5,6 +5,7 @@ package, the ExecutorInput is as Kubeflow's backend gives it, and the rights are
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,21 @@ def test_the_last_task_ends_what_still_runs_of_a_run(namespace, volume, dataset,
     assert not volume.files(f"runs/{RUN}/train/a1")
     assert steps.ended("train") == "Failed"
     assert "error: " in steps.log("train")
+
+
+def test_the_page_gives_the_steps_their_rights(namespace) -> None:
+    """What docs/kubeflow.md shows, in a namespace of our own in place of Kubeflow's."""
+    page = (kube.ROOT / "docs" / "kubeflow.md").read_text(encoding="utf-8")
+    shown = [
+        line for line in page.splitlines() if line.startswith(("sed 's/namespace: millrace$/", "kubectl -n kubeflow"))
+    ]
+    assert len(shown) == 2
+    kube.kubectl("-n", namespace, "create", "serviceaccount", "pipeline-runner")
+    who = f"--as=system:serviceaccount:{namespace}:pipeline-runner"
+    asked = ("-n", namespace, "auth", "can-i", "create", "pytorchjobs.kubeflow.org", who)
+    assert "no" in kube.kubectl(*asked, ok=False)
+    for line in shown:
+        command = ["bash", "-o", "pipefail", "-ec", line.replace("kubeflow", namespace)]
+        done = subprocess.run(command, cwd=kube.ROOT, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+    kube.wait_for("the right", lambda: "yes" in kube.kubectl(*asked, ok=False), 20)
