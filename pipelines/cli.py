@@ -75,6 +75,13 @@ def _add_doctor(command: Command) -> None:
     sub = command(
         "doctor", "say what is wrong with this machine, or with the cluster, and how to put it right", "doctor"
     )
+    sub.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        default=[],
+        help="as if params.yaml said so (with --cluster)",
+    )
     sub.add_argument("--cluster", action="store_true", help="also look at the cluster that KUBECONFIG names")
     sub.add_argument("--namespace", metavar="NAME", default="", help="where jobs run (default: that of the login)")
     sub.add_argument(

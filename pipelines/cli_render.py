@@ -22,7 +22,7 @@ def add_command(command: Callable[..., Any]) -> None:
     sub.add_argument("kind", metavar="KIND", choices=KINDS, help=", ".join(KINDS))
     sub.add_argument("--name", metavar="NAME", default="", help="name of the object (default: millrace-STAGE)")
     sub.add_argument("--namespace", metavar="NAME", default="", help="namespace of the object (default: kubectl's)")
-    sub.add_argument("--stage", metavar="STAGE", default="train", help="with job: the stage (default: train)")
+    sub.add_argument("--stage", metavar="STAGE", default="", help="with job: the stage (default: train)")
     for flag, target, what in (("--in", "inputs", "read"), ("--out", "outputs", "written")):
         help = f"where an artifact is {what} (default: below cluster.store, or the claim's mount)"
         sub.add_argument(flag, dest=target, metavar="NAME=URI", action="append", default=[], help=help)

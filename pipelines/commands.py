@@ -287,7 +287,7 @@ def doctor(args: Namespace) -> int:
     from pipelines import doctor as found
 
     where = {name: getattr(args, name) for name in ("namespace", "system", "account", "store")}
-    return found.run(args.cluster, args.json, **where)
+    return found.run(args.cluster, args.json, args.overrides, **where)
 
 
 def version(args: Namespace) -> int:

@@ -54,7 +54,9 @@ def objects(params: Params, args: Namespace, restricted: bool) -> list[dict[str,
     Raises:
         ConfigError: the configuration does not fit the kind, or nothing says where artifacts are.
     """
-    kind, task = args.kind, {"experiment": "tune", "job": args.stage}.get(args.kind, "train")
+    kind, task = args.kind, {"experiment": "tune", "job": args.stage or "train"}.get(args.kind, "train")
+    if args.stage and kind != "job":
+        raise ConfigError(f"--stage {args.stage}: {kind} is of stage {task} alone", "leave it out, or use `render job`")
     if task not in STAGES:
         raise ConfigError(f"--stage {task}: no such stage; {nearest(task, STAGES)}", "correct the name")
     given = {"name": args.name or f"millrace-{task}", "namespace": args.namespace}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from trainer.config.load import load
 from trainer.errors import EXIT_BAD_INPUT, EXIT_OK
 
 
-def run(cluster: bool, as_json: bool, **where: str) -> int:
+def run(cluster: bool, as_json: bool, overrides: Sequence[str] = (), **where: str) -> int:
     """Print facts, findings and notes.
 
     Args:
         cluster: also look at the cluster that KUBECONFIG names.
         as_json: for machines.
+        overrides: words `section.key=value`: what is about to be run is looked at, not only what params.yaml says.
         where: namespace, system, account and store of `doctor_cluster.examine`.
 
     Returns:
@@ -35,7 +37,7 @@ def run(cluster: bool, as_json: bool, **where: str) -> int:
 
         if not as_json:
             print(doctor.show(report), end="\n\n")
-        params = load(project.PARAMS if Path(project.PARAMS).is_file() else None)
+        params = load(project.PARAMS if Path(project.PARAMS).is_file() else None, overrides)
         look = doctor_cluster.examine(params, **where)
         content["cluster"] = look.facts
         findings, notes = findings + look.findings, look.notes

@@ -93,6 +93,10 @@ def test_a_master_with_workers_needs_a_namespace_that_lets_it(capsys: pytest.Cap
 WRONG = {
     "kind": (["pytorchjb"], "did you mean 'pytorchjob'"),
     "stage": (["job", "--stage", "trian"], "did you mean 'train'"),
+    "stage of another kind": (
+        ["pytorchjob", "--stage", "tune", "cluster.claim=c"],
+        "--stage tune: pytorchjob is of stage train",
+    ),
     "port": (["pytorchjob", "--in", "datset=/d"], "did you mean 'dataset'"),
     "no address": (["pytorchjob", "--in", "dataset="], "must be NAME=URI"),
     "key": (["pytorchjob", "cluster.job.node=2"], "did you mean 'nodes'"),

@@ -442,6 +442,12 @@ def test_the_words_of_the_command_reach_the_cluster(cluster, capsys):
     assert "system:serviceaccount:other:me" in json.loads(capsys.readouterr().out)["cluster"]["rights"]
 
 
+def test_what_is_about_to_be_run_is_looked_at(cluster, capsys):
+    main(["doctor", "--cluster", "--json", "cluster.claim=elsewhere", "cluster.job.train=pytorchjob"])
+    said = [each["what"] for each in json.loads(capsys.readouterr().out)["findings"]]
+    assert any("elsewhere" in each for each in said), said
+
+
 @pytest.mark.parametrize(("status", "word"), [(401, "log in"), (500, "look at")])
 def test_a_cluster_that_cannot_be_asked_is_an_error(status, word, cluster, monkeypatch):
     monkeypatch.setattr(doctor_cluster, "PATIENCE_S", 0.0)
