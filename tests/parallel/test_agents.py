@@ -16,7 +16,7 @@ import pytest
 from tests.parallel.test_train_nodes import free_port
 from trainer.parallel import made
 
-pytestmark = pytest.mark.parallel
+pytestmark = [pytest.mark.parallel, pytest.mark.fault, pytest.mark.slow]
 
 DEADLINE = 120.0
 COUNT = 3

@@ -162,6 +162,8 @@ def test_a_lost_node_comes_back_and_the_model_is_the_same(dataset, tmp_path, ref
         assert "resuming from checkpoint" in job.output()
 
 
+@pytest.mark.fault
+@pytest.mark.slow
 def test_a_first_node_that_is_lost_while_it_publishes_needs_no_other_to_go_on(dataset, tmp_path, reference):
     with Job(dataset, tmp_path / "job") as job:
         job.checkpoint()
@@ -176,6 +178,8 @@ def test_a_first_node_that_is_lost_while_it_publishes_needs_no_other_to_go_on(da
         assert not list(job.scratch.glob("*")), "the scratch folder is left"
 
 
+@pytest.mark.fault
+@pytest.mark.slow
 def test_a_node_that_is_told_to_end_leaves_a_checkpoint_and_the_others_wait_for_it(dataset, tmp_path, reference):
     with Job(dataset, tmp_path / "job") as job:
         before = job.checkpoint()
@@ -189,6 +193,8 @@ def test_a_node_that_is_told_to_end_leaves_a_checkpoint_and_the_others_wait_for_
         assert digests(job.out) == reference
 
 
+@pytest.mark.fault
+@pytest.mark.slow
 def test_a_killed_rank_is_one_of_the_restarts_and_its_node_says_so(dataset, tmp_path, reference):
     with Job(dataset, tmp_path / "job") as job:
         job.checkpoint()
@@ -201,6 +207,8 @@ def test_a_killed_rank_is_one_of_the_restarts_and_its_node_says_so(dataset, tmp_
         assert digests(job.out) == reference
 
 
+@pytest.mark.fault
+@pytest.mark.slow
 def test_a_killed_rank_is_restarted_in_place_where_that_is_allowed(dataset, tmp_path, reference):
     with Job(dataset, tmp_path / "job", "parallel.max_restarts=1") as job:
         job.checkpoint()
@@ -217,6 +225,8 @@ def test_a_permanent_error_ends_every_node_with_its_code(dataset, tmp_path):
         assert "not finite" in job.output()
 
 
+@pytest.mark.fault
+@pytest.mark.slow
 def test_a_hung_rank_of_another_node_is_named(dataset, tmp_path):
     with Job(dataset, tmp_path / "job", "parallel.timeout_s=5") as job:
         job.checkpoint()
