@@ -220,12 +220,16 @@ def _asking(pod: Object, resource: str, size: str) -> Object:
     return {**pod, "containers": [{**container, "resources": {**container["resources"], "requests": requests}}]}
 
 
+def _phases(job: str) -> set[str]:
+    return {each["status"]["phase"] for each in get(NAMESPACE, "pods", "-l", f"millrace.dev/job={job}")}
+
+
 @pytest.mark.timeout(600)
 def test_sample_data_and_pytorchjob(dataset: None) -> None:
     run_sample("pytorchjob.yaml")
     ended("pytorchjob", "sample-train", "Succeeded")
-    states = {each["status"]["phase"] for each in get(NAMESPACE, "pods", "-l", "millrace.dev/job=sample-train")}
-    assert states == {"Succeeded"}
+    # The operator looks at worker-0 alone.
+    wait_for("every pod's success", lambda: _phases("sample-train") == {"Succeeded"}, 60)
     kubectl("-n", NAMESPACE, "delete", "pytorchjob", "sample-train")
 
 
