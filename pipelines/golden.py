@@ -70,16 +70,27 @@ def changes(made: Mapping[str, str], folder: Path = FOLDER) -> list[str]:
 
 def main(words: list[str]) -> int:
     """Entry point of `python -m pipelines.golden`."""
-    made = render()
-    found = changes(made)
+    return settle(render(), FOLDER, words, "golden files differ")
+
+
+def settle(made: Mapping[str, str], folder: Path, words: list[str], differ: str) -> int:
+    """Write what the code makes, or with `--check` only say that the files differ; returns the exit status.
+
+    Args:
+        made: path below the folder -> content.
+        folder: where the files are.
+        words: of the command line.
+        differ: the error, if they do.
+    """
+    found = changes(made, folder)
     if words == ["--check"]:
         if found:
             print("\n".join(found[:60]), file=sys.stderr)
-            print("error: golden files differ\n  fix: look at the change, then `make golden`", file=sys.stderr)
+            print(f"error: {differ}\n  fix: look at the change, then `make golden`", file=sys.stderr)
         return 2 if found else 0
     for name, content in made.items():
-        storage.write_atomic(FOLDER / name, content.encode())
-    print(f"wrote {FOLDER}" if found else f"{FOLDER} is up to date")
+        storage.write_atomic(folder / name, content.encode())
+    print(f"wrote {folder}" if found else f"{folder} is up to date")
     return 0
 
 

@@ -14,8 +14,7 @@ from typing import Any
 from components.launch import chain, chain_job, names, rbac, spec
 from pipelines import commands_render, kube_yaml
 from pipelines.cli import build_parser
-from pipelines.golden import changes
-from trainer import storage
+from pipelines.golden import settle
 from trainer.config import Params
 from trainer.config.load import load
 
@@ -136,20 +135,7 @@ def schedule(params: Params, text: str) -> list[dict[str, Any]]:
 
 def main(words: list[str]) -> int:
     """Entry point of `python -m pipelines.manifests`."""
-    made = render()
-    found = changes(made, FOLDER)
-    if words == ["--check"]:
-        if found:
-            print("\n".join(found[:60]), file=sys.stderr)
-            print(
-                "error: manifests/ differs from what the code makes\n  fix: look at the change, then `make golden`",
-                file=sys.stderr,
-            )
-        return 2 if found else 0
-    for path, content in made.items():
-        storage.write_atomic(FOLDER / path, content.encode())
-    print(f"wrote {FOLDER}" if found else f"{FOLDER} is up to date")
-    return 0
+    return settle(render(), FOLDER, words, "manifests/ differs from what the code makes")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,8 @@ class Lobby(RendezvousHandler):
 
     def __init__(self, node: Node, join_s: float = JOIN_S, connect: Callable[[], Store] | None = None) -> None:
         self.node, self.join_s = node, join_s
+        # On node 0 its own name may not be resolved yet.
+        self._host = "127.0.0.1" if node.rank == 0 else node.host
         self.generation = _NONE
         self._connect = connect or self._tcp_store
         self._store: Store | None = None
@@ -122,9 +124,7 @@ class Lobby(RendezvousHandler):
         return True
 
     def _tcp_store(self) -> Store:
-        first = self.node.rank == 0
-        # On node 0 its own name may not be resolved yet.
-        host = "127.0.0.1" if first else self.node.host
+        host, first = self._host, self.node.rank == 0
         if not first:
             # TCPStore would wait, ever longer, for a host that is not there yet: a lost pod's name is unknown for a while.
             try:
@@ -157,8 +157,7 @@ class Lobby(RendezvousHandler):
         self.generation = generation
         # Inherited by the ranks: each generation has a prefix of its own in the store.
         os.environ[GENERATION] = str(generation)
-        host = "127.0.0.1" if self.node.rank == 0 else self.node.host
-        where = RendezvousStoreInfo(host, self.node.port)
+        where = RendezvousStoreInfo(self._host, self.node.port)
         return RendezvousInfo(PrefixStore(f"agents/{generation}", store), self.node.rank, self.node.count, where)
 
 
