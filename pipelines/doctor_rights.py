@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from components.launch import rbac
 from components.launch.api import Api, ApiError, Object
 from components.launch.rbac import Rule
-from pipelines.doctor_look import PATIENCE_S, Look, applied
+from pipelines.doctor_look import PATIENCE_S, Look
+from pipelines.rights import ACCOUNT
 
-_ACCOUNT = "system:serviceaccount:"
 _REVIEWS = "authorization.k8s.io/v1"
 
 
@@ -49,13 +49,13 @@ def check(look: Look, account: str = "") -> None:
     """
     me = whoami(look.api)
     look.facts["user"] = me or "unknown"
-    if me.startswith(_ACCOUNT) and not account:
+    if me.startswith(ACCOUNT) and not account:
         _lacks(look, rbac.LAUNCHER, me, _missing(look, rbac.LAUNCHER, ""), urgent=True)
         return
     # Where nothing is launched, only engine kubernetes needs these rights: Kubeflow Pipelines has its own.
     urgent = bool(look.params.cluster.job.launched or account)
     _lacks(look, rbac.PERSON, me or "you", _missing(look, rbac.PERSON, ""), urgent)
-    other = f"{_ACCOUNT}{look.namespace}:{account or rbac.ACCOUNT}"
+    other = f"{ACCOUNT}{look.namespace}:{account or rbac.ACCOUNT}"
     try:
         missing = _missing(look, rbac.LAUNCHER, other)
     except ApiError as error:
@@ -119,22 +119,8 @@ def _lacks(look: Look, role: str, who: str, missing: list[tuple[Rule, str]], urg
 
 def _whole(look: Look, role: str, who: str) -> str:
     """The command that gives a whole role, with the service account if there is none."""
-    name = rbac.ACCOUNT if role == rbac.LAUNCHER else "millrace-user"
-    objects: list[Object] = [rbac.manifest(role, name, look.namespace)]
-    if who.startswith(_ACCOUNT):
-        place, _, account = who.removeprefix(_ACCOUNT).partition(":")
-        subject = {"kind": "ServiceAccount", "name": account, "namespace": place}
-        objects.append(
-            {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": account, "namespace": place}}
-        )
-    else:
-        subject = {"kind": "User", "name": who, "apiGroup": "rbac.authorization.k8s.io"}
-    objects.append({
-        "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding",
-        "metadata": {"name": name, "namespace": look.namespace}, "subjects": [subject],
-        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name},
-    })  # fmt: skip
-    return applied(*objects)
+    words = ["--namespace", look.namespace, "--role", role, who]
+    return f"python -m pipelines.rights {shlex.join(words)} | kubectl apply -f -"
 
 
 def grant(namespace: str, who: str, verbs: Sequence[str], resources: Sequence[str]) -> str:
@@ -155,9 +141,7 @@ def grant(namespace: str, who: str, verbs: Sequence[str], resources: Sequence[st
 
 
 def _subject(who: str) -> str:
-    return (
-        f"--serviceaccount={who.removeprefix(_ACCOUNT)}" if who.startswith(_ACCOUNT) else f"--user={shlex.quote(who)}"
-    )
+    return f"--serviceaccount={who.removeprefix(ACCOUNT)}" if who.startswith(ACCOUNT) else f"--user={shlex.quote(who)}"
 
 
 def unseen(look: Look) -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from components.launch import rbac
 from components.launch.kinds import KINDS
-from pipelines import doctor_cluster, katib_config
+from pipelines import doctor_cluster, katib_config, rights
 from pipelines.cli import main
 from tests.api_server import ApiServer, refuses, sends
 from trainer.config.load import load
@@ -323,11 +323,12 @@ def test_a_person_is_told_of_the_launchers_account_as_well(cluster):
     assert len(found.notes) == 2
 
 
-def test_without_any_right_one_command_gives_all(cluster):
+def test_without_any_right_one_command_gives_all(cluster, capsys):
     account = "system:serviceaccount:mine:millrace-launcher"
     cluster.denied = {(account, verb, rule.resource) for rule, verb in rbac.single(rbac.LAUNCHER)}
     (finding,) = look().findings
-    made = json.loads(finding.fix.split("echo '")[1].split("' |")[0])["items"]
+    assert rights.main(finding.fix.split("pipelines.rights ")[1].split(" |")[0].split()) == 0
+    made = list(yaml.safe_load_all(capsys.readouterr().out))
     assert made[0]["rules"] == rbac.manifest(rbac.LAUNCHER, "x")["rules"]
     assert [each["kind"] for each in made] == ["Role", "ServiceAccount", "RoleBinding"]
 
