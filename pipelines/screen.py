@@ -18,7 +18,8 @@ from trainer.storage import is_remote, read_json
 
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
-_PROGRESS = re.compile(r"^(?P<what>.*?)\s*(?P<done>\d+)/(?P<total>\d+)\b\s*(?P<note>.*)$")
+# A word and a count, as `trainer.log.Progress` writes it. Kubernetes, too, counts: "0/1 nodes are available: ...".
+_PROGRESS = re.compile(r"^(?:\w+: )?(?P<what>[a-z][\w -]*?) (?P<done>\d+)/(?P<total>\d+)\b\s*(?P<note>.*)$")
 ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _NAMES = 12
 # Lines of a failed stage that are shown again below the board.

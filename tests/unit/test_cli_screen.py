@@ -63,6 +63,25 @@ def test_steps_of_a_trial_do_not_move_the_bar_of_the_search(terminal: Terminal) 
     assert "9/10" in terminal.getvalue().split("\r")[-1]
 
 
+def test_files_that_are_read_move_the_bar(terminal: Terminal) -> None:
+    board = screen.Board(["preprocess"], terminal)
+    board.start("preprocess")
+    board.line("preprocess", "preprocess: read 3/4")
+    assert " 75%" in terminal.getvalue().split("\r")[-1]
+
+
+def test_what_kubernetes_counts_is_no_progress(terminal: Terminal) -> None:
+    board = screen.Board(["train"], terminal)
+    board.start("train")
+    for text in (
+        "0/1 nodes are available: 1 Insufficient cpu.",
+        "waiting: 0/1 nodes are available: 1 Insufficient cpu.",
+    ):
+        board.line("train", text)
+        assert "0/1 nodes are available" in terminal.getvalue().split("\r")[-1]
+        assert "%" not in terminal.getvalue()
+
+
 def test_the_cursor_comes_back(terminal: Terminal) -> None:
     play(screen.Board(["train"], terminal))
     written = terminal.getvalue()
