@@ -109,10 +109,9 @@ def _resource(kind: str) -> str:
     return f"{found.plural}.{found.group}" if found.group else found.plural
 
 
-def applied(*objects: Object) -> str:
-    """A command that makes these objects."""
-    listed = objects[0] if len(objects) == 1 else {"apiVersion": "v1", "kind": "List", "items": list(objects)}
-    return f"echo '{json.dumps(listed, separators=(',', ':'))}' | kubectl apply -f -"
+def applied(obj: Object) -> str:
+    """A command that makes this object."""
+    return f"echo '{json.dumps(obj, separators=(',', ':'))}' | kubectl apply -f -"
 
 
 def number(quantity: object) -> Fraction:

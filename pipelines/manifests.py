@@ -58,18 +58,12 @@ def sample(text: str, words: str) -> str:
 
 def rights() -> str:
     """The roles and the launcher's binding, each right with its reason."""
-    binding = {
-        "apiVersion": "rbac.authorization.k8s.io/v1",
-        "kind": "RoleBinding",
-        "metadata": {"name": rbac.ACCOUNT, "namespace": NAMESPACE},
-        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": rbac.ACCOUNT},
-        "subjects": [{"kind": "ServiceAccount", "name": rbac.ACCOUNT, "namespace": NAMESPACE}],
-    }
+    launcher = {"kind": "ServiceAccount", "name": rbac.ACCOUNT, "namespace": NAMESPACE}
     parts = [
         "# What starts and watches jobs.\n" + _role(rbac.LAUNCHER, rbac.ACCOUNT),
-        kube_yaml.documents([binding]),
+        kube_yaml.documents([rbac.binding(rbac.ACCOUNT, NAMESPACE, launcher)]),
         "# For people: kubectl -n millrace create rolebinding team --role=millrace-user --group=YOUR-GROUP\n"
-        + _role(rbac.PERSON, "millrace-user"),
+        + _role(rbac.PERSON, rbac.USERS),
         "# For `millrace doctor --cluster`, may be left out:\n"
         "# kubectl create clusterrolebinding team-doctor --clusterrole=millrace-doctor --group=YOUR-GROUP\n"
         + _role(rbac.DOCTOR, "millrace-doctor"),

@@ -17,7 +17,6 @@ from pipelines import kube_yaml
 from trainer.errors import EXIT_OK
 
 ACCOUNT = "system:serviceaccount:"
-_GROUP = "rbac.authorization.k8s.io"
 
 
 def objects(role: str, who: str, namespace: str) -> list[Object]:
@@ -28,18 +27,14 @@ def objects(role: str, who: str, namespace: str) -> list[Object]:
         who: a name as Kubernetes tells it: a user's, or system:serviceaccount:NAMESPACE:NAME.
         namespace: where the rights hold.
     """
-    name = rbac.ACCOUNT if role == rbac.LAUNCHER else "millrace-user"
+    name = rbac.ACCOUNT if role == rbac.LAUNCHER else rbac.USERS
     made: list[Object] = [rbac.manifest(role, name, namespace)]
-    subject: Object = {"kind": "User", "name": who, "apiGroup": _GROUP}
+    subject = {"kind": "User", "name": who}
     if who.startswith(ACCOUNT):
         place, _, account = who.removeprefix(ACCOUNT).partition(":")
         subject = {"kind": "ServiceAccount", "name": account, "namespace": place}
         made.append({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": account, "namespace": place}})
-    made.append({
-        "apiVersion": f"{_GROUP}/v1", "kind": "RoleBinding", "metadata": {"name": name, "namespace": namespace},
-        "subjects": [subject], "roleRef": {"apiGroup": _GROUP, "kind": "Role", "name": name},
-    })  # fmt: skip
-    return made
+    return [*made, rbac.binding(name, namespace, subject)]
 
 
 def main(words: list[str]) -> int:

@@ -16,6 +16,10 @@ LAUNCHER, PERSON, DOCTOR = "launcher", "person", "doctor"
 ROLES = (LAUNCHER, PERSON, DOCTOR)
 # Names of the Role and of the service account in manifests/base.
 ACCOUNT = "millrace-launcher"
+# Name of the Role for people.
+USERS = "millrace-user"
+
+_API = "rbac.authorization.k8s.io"
 
 _READ = ("get", "list", "watch")
 _RUN = (*_READ, "create", "delete")
@@ -102,7 +106,26 @@ def manifest(role: str, name: str, namespace: str = "") -> dict[str, Any]:
         {"apiGroups": [rule.group], "resources": [rule.resource], "verbs": list(rule.verbs)} for rule in rules(role)
     ]
     kind = "ClusterRole" if whole else "Role"
-    return {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": kind, "metadata": meta, "rules": lines}
+    return {"apiVersion": f"{_API}/v1", "kind": kind, "metadata": meta, "rules": lines}
+
+
+def binding(name: str, namespace: str, subject: dict[str, str]) -> dict[str, Any]:
+    """The RoleBinding that gives a Role of its name to a subject.
+
+    Args:
+        name: of the object and of the Role.
+        namespace: of both.
+        subject: as Kubernetes has it: kind, name, and a service account's namespace; a user's API group is added.
+    """
+    if subject["kind"] != "ServiceAccount":
+        subject = {**subject, "apiGroup": _API}
+    return {
+        "apiVersion": f"{_API}/v1",
+        "kind": "RoleBinding",
+        "metadata": {"name": name, "namespace": namespace},
+        "roleRef": {"apiGroup": _API, "kind": "Role", "name": name},
+        "subjects": [subject],
+    }
 
 
 def single(role: str, lacking: tuple[str, ...] = ()) -> Iterator[tuple[Rule, str]]:

@@ -356,8 +356,10 @@ def test_upstreams_runner_takes_a_failed_container_for_a_green_one(client: Any, 
     if kfp_local.upstream_is_fixed(docker_task_handler.run_docker_container):
         assert docker_task_handler.run_docker_container(client=client, image=stub, volumes={}, **command) == 3
         pytest.fail("kfp is fixed: say so in docs/containers.md, and drop run_container with the old kfp")
-    # Until then nothing can be said of it: on podman it gives 0, on Docker it is a race, and on a busy machine it raises,
-    # because the container, removed at its end, is gone before its log is asked for.
+    # On Docker it is a race, on podman it is always so; on a busy machine the container, removed at its end, may be gone
+    # before its log is asked for.
+    with contextlib.suppress(docker.errors.APIError):
+        assert docker_task_handler.run_docker_container(client=client, image=stub, volumes={}, **command) in (0, 3)
 
 
 def started_in(project: Path) -> list[str]:
