@@ -77,13 +77,24 @@ def run_container(client: DockerClient, image: str, command: list[str], volumes:
         with suppress(*trouble):
             _print_output(container)
         try:
-            return int(container.wait()["StatusCode"])
+            return _exit_code(container.wait())
         except trouble as error:  # podman says 500, not 404, of a container that has gone
             sys.stdout.write(f"the container has gone: {_cause(error)}\n")
             return GONE
     finally:
         with suppress(*trouble):
             container.remove(force=True)
+
+
+def _exit_code(answer: Mapping[str, Any]) -> int:
+    """The code in what `wait` answers.
+
+    Raises:
+        OSError: the engine waited in vain; the code beside such an error means nothing, podman's is 0.
+    """
+    if error := answer.get("Error"):
+        raise OSError(error.get("Message") or error)
+    return int(answer["StatusCode"])
 
 
 def _cause(error: BaseException) -> str:

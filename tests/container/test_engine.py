@@ -3,6 +3,7 @@
 The graph, kfp.local, the container engine and all that is around it are real; only the images are stubs.
 """
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -204,6 +205,21 @@ def test_a_container_that_somebody_else_ends_is_red(how: str, project: Path, sta
     assert "stage preprocess ended with exit code 137" in err
     assert "tune: started" not in out
     assert containers(client, project) == []
+
+
+def test_a_removed_container_is_never_green_however_the_engine_answers(client: Any, stub: str) -> None:
+    # Podman's answer is a race: 137, an error, or 0 beside an error. Without a log, it is asked while the container runs.
+    name = f"removed-{os.getpid()}"
+    options = {"volumes": {}, "entrypoint": ["sleep"], "command": ["100"], "labels": {docker_runner.RUN_LABEL: name}}
+    options |= {"client": client, "image": stub, "log_config": docker.types.LogConfig(type="none")}
+    with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
+        codes = [pool.submit(docker_runner.run_container, **options) for _ in range(16)]
+        while not all(each.done() for each in codes):
+            docker_runner.remove(
+                [each for each in docker_runner.containers_of(client, name) if each.status == "running"]
+            )
+            time.sleep(0.1)
+    assert {each.result() for each in codes} == {docker_runner.GONE}
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
