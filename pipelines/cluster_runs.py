@@ -7,7 +7,7 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from components.launch import chain_job, names, observe
+from components.launch import chain_job, names, observe, rbac
 from components.launch.api import Api, ApiError
 from trainer.config import Params
 from trainer.config.names import nearest
@@ -29,8 +29,8 @@ def start(api: Api, params: Params, until: str = "") -> Json:
     """
     hint = _INSTALL.format(api.namespace)
     _require(api, "Namespace", api.namespace, MillraceError(f"namespace {api.namespace}: is not in the cluster", hint))
-    account = MillraceError(f"namespace {api.namespace}: has no service account {chain_job.ACCOUNT}", hint)
-    _require(api, "ServiceAccount", chain_job.ACCOUNT, account)
+    account = MillraceError(f"namespace {api.namespace}: has no service account {rbac.ACCOUNT}", hint)
+    _require(api, "ServiceAccount", rbac.ACCOUNT, account)
     if params.cluster.claim:
         message = f"cluster.claim: namespace {api.namespace} has no PersistentVolumeClaim {params.cluster.claim}"
         hint = "make it, of access mode ReadWriteMany, or name another one: `kubectl get pvc`"

@@ -151,10 +151,10 @@ def unseen(look: Look) -> None:
     words = sorted(set(look.unseen))
     verbs = sorted({word.split()[0] for word in words})
     resources = sorted({word.split()[1] for word in words})
-    who = str(look.facts.get("user", "you"))
+    who, name = str(look.facts.get("user", "you")), rbac.NAMES[rbac.DOCTOR]
     look.note(
         f"not looked at, for want of a right: {', '.join(words)}",
         "what is wrong there stays unknown; running jobs does not need these rights",
-        f"kubectl create clusterrole millrace-doctor --verb={','.join(verbs)} --resource={','.join(resources)} && "
-        f"kubectl create clusterrolebinding millrace-doctor --clusterrole=millrace-doctor {_subject(who)}",
+        f"kubectl create clusterrole {name} --verb={','.join(verbs)} --resource={','.join(resources)} && "
+        f"kubectl create clusterrolebinding {name} --clusterrole={name} {_subject(who)}",
     )

@@ -60,19 +60,19 @@ def rights() -> str:
     """The roles and the launcher's binding, each right with its reason."""
     launcher = {"kind": "ServiceAccount", "name": rbac.ACCOUNT, "namespace": NAMESPACE}
     parts = [
-        "# What starts and watches jobs.\n" + _role(rbac.LAUNCHER, rbac.ACCOUNT),
+        "# What starts and watches jobs.\n" + _role(rbac.LAUNCHER),
         kube_yaml.documents([rbac.binding(rbac.ACCOUNT, NAMESPACE, launcher)]),
-        "# For people: kubectl -n millrace create rolebinding team --role=millrace-user --group=YOUR-GROUP\n"
-        + _role(rbac.PERSON, rbac.USERS),
+        f"# For people: kubectl -n millrace create rolebinding team --role={rbac.NAMES[rbac.PERSON]} --group=YOUR-GROUP\n"
+        + _role(rbac.PERSON),
         "# For `millrace doctor --cluster`, may be left out:\n"
-        "# kubectl create clusterrolebinding team-doctor --clusterrole=millrace-doctor --group=YOUR-GROUP\n"
-        + _role(rbac.DOCTOR, "millrace-doctor"),
+        f"# kubectl create clusterrolebinding team-doctor --clusterrole={rbac.NAMES[rbac.DOCTOR]} --group=YOUR-GROUP\n"
+        + _role(rbac.DOCTOR),
     ]
     return f"{_MADE}.\n" + "---\n".join(parts)
 
 
-def _role(role: str, name: str) -> str:
-    obj = rbac.manifest(role, name, NAMESPACE)
+def _role(role: str) -> str:
+    obj = rbac.manifest(role, rbac.NAMES[role], NAMESPACE)
     rows = obj.pop("rules")
     lines = [kube_yaml.documents([obj]), "rules:\n"]
     for rule, row in zip(rbac.rules(role), rows, strict=True):

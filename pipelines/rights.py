@@ -27,7 +27,7 @@ def objects(role: str, who: str, namespace: str) -> list[Object]:
         who: a name as Kubernetes tells it: a user's, or system:serviceaccount:NAMESPACE:NAME.
         namespace: where the rights hold.
     """
-    name = rbac.ACCOUNT if role == rbac.LAUNCHER else rbac.USERS
+    name = rbac.NAMES[role]
     made: list[Object] = [rbac.manifest(role, name, namespace)]
     subject = {"kind": "User", "name": who}
     if who.startswith(ACCOUNT):

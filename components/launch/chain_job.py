@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from components.launch import batchjob, names, pods
+from components.launch import batchjob, names, pods, rbac
 from components.launch.chain import RUN_ENV, UNTIL_ENV
 from components.launch.chain_plan import CONFIGURE
 from components.launch.spec import PARAMS_ENV, stage
@@ -15,8 +15,6 @@ from components.table import TASKS, image
 from trainer.config import Params
 
 STAGE = "chain"
-# Of manifests/base: it may make jobs and read their pods' output, in its own namespace.
-ACCOUNT = "millrace-launcher"
 OWNER_ENV, OWNER_UID_ENV = "MILLRACE_OWNER", "MILLRACE_OWNER_UID"
 # A node that is drained or lost takes the coordinator with it; each time, another pod goes on.
 _RESTARTS = 20
@@ -47,7 +45,7 @@ def coordinator(params: Params, run: str, namespace: str = "", until: str = "") 
         env={**as_a_stage.env, RUN_ENV: run, UNTIL_ENV: until},
         cpu=_CPU,
         memory=_MEMORY,
-        service_account=ACCOUNT,
+        service_account=rbac.ACCOUNT,
         restarts=_RESTARTS,
         run_timeout_s=0.0,
         grace_s=_GRACE_S,

@@ -14,10 +14,10 @@ from typing import Any
 
 LAUNCHER, PERSON, DOCTOR = "launcher", "person", "doctor"
 ROLES = (LAUNCHER, PERSON, DOCTOR)
-# Names of the Role and of the service account in manifests/base.
-ACCOUNT = "millrace-launcher"
-# Name of the Role for people.
-USERS = "millrace-user"
+# What they are called in manifests/base.
+NAMES = {LAUNCHER: "millrace-launcher", PERSON: "millrace-user", DOCTOR: "millrace-doctor"}
+# The service account that has the launcher's.
+ACCOUNT = NAMES[LAUNCHER]
 
 _API = "rbac.authorization.k8s.io"
 
