@@ -61,7 +61,7 @@ def rights() -> str:
     launcher = {"kind": "ServiceAccount", "name": rbac.ACCOUNT, "namespace": NAMESPACE}
     parts = [
         "# What starts and watches jobs.\n" + _role(rbac.LAUNCHER),
-        kube_yaml.documents([rbac.binding(rbac.ACCOUNT, NAMESPACE, launcher)]),
+        kube_yaml.documents([rbac.binding(rbac.LAUNCHER, NAMESPACE, launcher)]),
         f"# For people: kubectl -n millrace create rolebinding team --role={rbac.NAMES[rbac.PERSON]} --group=YOUR-GROUP\n"
         + _role(rbac.PERSON),
         "# For `millrace doctor --cluster`, may be left out:\n"
@@ -72,7 +72,7 @@ def rights() -> str:
 
 
 def _role(role: str) -> str:
-    obj = rbac.manifest(role, rbac.NAMES[role], NAMESPACE)
+    obj = rbac.manifest(role, NAMESPACE)
     rows = obj.pop("rules")
     lines = [kube_yaml.documents([obj]), "rules:\n"]
     for rule, row in zip(rbac.rules(role), rows, strict=True):

@@ -23,18 +23,17 @@ def objects(role: str, who: str, namespace: str) -> list[Object]:
     """A Role of the namespace, its binding, and the service account if it is for one.
 
     Args:
-        role: of `rbac.ROLES`.
+        role: `rbac.LAUNCHER` or `rbac.PERSON`.
         who: a name as Kubernetes tells it: a user's, or system:serviceaccount:NAMESPACE:NAME.
         namespace: where the rights hold.
     """
-    name = rbac.NAMES[role]
-    made: list[Object] = [rbac.manifest(role, name, namespace)]
+    made: list[Object] = [rbac.manifest(role, namespace)]
     subject = {"kind": "User", "name": who}
     if who.startswith(ACCOUNT):
         place, _, account = who.removeprefix(ACCOUNT).partition(":")
         subject = {"kind": "ServiceAccount", "name": account, "namespace": place}
         made.append({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": account, "namespace": place}})
-    return [*made, rbac.binding(name, namespace, subject)]
+    return [*made, rbac.binding(role, namespace, subject)]
 
 
 def main(words: list[str]) -> int:

@@ -92,16 +92,15 @@ def rules(role: str) -> tuple[Rule, ...]:
     return tuple(rule for rule in RULES if role in rule.roles)
 
 
-def manifest(role: str, name: str, namespace: str = "") -> dict[str, Any]:
+def manifest(role: str, namespace: str = "") -> dict[str, Any]:
     """The Role (a ClusterRole for doctor) as Kubernetes takes it.
 
     Args:
         role: of ROLES.
-        name: of the object.
         namespace: of the object; a ClusterRole has none.
     """
     whole = role == DOCTOR
-    meta = {"name": name} if whole or not namespace else {"name": name, "namespace": namespace}
+    meta = {"name": NAMES[role]} | ({} if whole or not namespace else {"namespace": namespace})
     lines = [
         {"apiGroups": [rule.group], "resources": [rule.resource], "verbs": list(rule.verbs)} for rule in rules(role)
     ]
@@ -109,11 +108,11 @@ def manifest(role: str, name: str, namespace: str = "") -> dict[str, Any]:
     return {"apiVersion": f"{_API}/v1", "kind": kind, "metadata": meta, "rules": lines}
 
 
-def binding(name: str, namespace: str, subject: dict[str, str]) -> dict[str, Any]:
-    """The RoleBinding that gives a Role of its name to a subject.
+def binding(role: str, namespace: str, subject: dict[str, str]) -> dict[str, Any]:
+    """The RoleBinding, of the Role's name, that gives it to a subject.
 
     Args:
-        name: of the object and of the Role.
+        role: LAUNCHER or PERSON.
         namespace: of both.
         subject: as Kubernetes has it: kind, name, and a service account's namespace; a user's API group is added.
     """
@@ -122,8 +121,8 @@ def binding(name: str, namespace: str, subject: dict[str, str]) -> dict[str, Any
     return {
         "apiVersion": f"{_API}/v1",
         "kind": "RoleBinding",
-        "metadata": {"name": name, "namespace": namespace},
-        "roleRef": {"apiGroup": _API, "kind": "Role", "name": name},
+        "metadata": {"name": NAMES[role], "namespace": namespace},
+        "roleRef": {"apiGroup": _API, "kind": "Role", "name": NAMES[role]},
         "subjects": [subject],
     }
 

@@ -111,9 +111,7 @@ def replace(role: kube.Object) -> None:
 
 def test_missing_rights_are_given_by_the_command(admin: str):
     rules = [
-        each
-        for each in rbac.manifest(rbac.LAUNCHER, "x")["rules"]
-        if each["resources"] not in (["events"], ["pods/log"])
+        each for each in rbac.manifest(rbac.LAUNCHER)["rules"] if each["resources"] not in (["events"], ["pods/log"])
     ]
     rules[0]["verbs"].remove("delete")
     replace({"metadata": {"name": rbac.ACCOUNT, "namespace": admin}, "rules": rules})

@@ -329,7 +329,7 @@ def test_without_any_right_one_command_gives_all(cluster, capsys):
     (finding,) = look().findings
     assert rights.main(finding.fix.split("pipelines.rights ")[1].split(" |")[0].split()) == 0
     made = list(yaml.safe_load_all(capsys.readouterr().out))
-    assert made[0]["rules"] == rbac.manifest(rbac.LAUNCHER, "x")["rules"]
+    assert made[0]["rules"] == rbac.manifest(rbac.LAUNCHER)["rules"]
     assert [each["kind"] for each in made] == ["Role", "ServiceAccount", "RoleBinding"]
 
 

@@ -140,7 +140,7 @@ def test_what_trains_has_no_rights_and_no_token() -> None:
 def test_no_role_is_wider_than_the_code_needs() -> None:
     roles = {role["metadata"]["name"]: role["rules"] for kind in ("Role", "ClusterRole") for role in objects(kind)}
     wanted = {rbac.ACCOUNT: rbac.LAUNCHER, "millrace-user": rbac.PERSON, "millrace-doctor": rbac.DOCTOR}
-    assert roles == {name: rbac.manifest(role, name)["rules"] for name, role in wanted.items()}
+    assert roles == {name: rbac.manifest(role)["rules"] for name, role in wanted.items()}
     for rule in (rule for rules in roles.values() for rule in rules):
         assert "*" not in (*rule["apiGroups"], *rule["resources"], *rule["verbs"])
         assert "secrets" not in rule["resources"]
