@@ -20,7 +20,7 @@ from trainer import __version__, plugins, storage
 from trainer import scratch as scratches
 from trainer.artifacts import manifest
 from trainer.artifacts.publish import building
-from trainer.config import Params
+from trainer.config import Monitor, Parallel, Params
 from trainer.config.names import nearest
 from trainer.errors import ConfigError, GateRefused
 from trainer.parallel import nodes
@@ -88,8 +88,26 @@ class Stage:
 # Parameters by which a killed run and the one that goes on from it may differ: where and how often, not what. With
 # another number of threads the run is not equal in every bit, because sums are divided among threads.
 FREE: dict[str, frozenset[str]] = {
-    "train": frozenset({"processes", "threads", "checkpoint_every", "keep_checkpoints", "log_every"}),
-    "parallel": frozenset({"backend", "timeout_s", "max_restarts"}),
+    "train": frozenset(
+        {
+            "processes",
+            "threads",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "keep_best",
+            "checkpoint_async",
+            "checkpoint_store",
+            "log_every",
+            "statistics_every",
+            "trace",
+            "memory_gb",
+            "out_of_memory",
+            "offload",
+            "recompute",
+        }
+    ),
+    "parallel": frozenset(Parallel.model_fields),
+    "monitor": frozenset(Monitor.model_fields),
 }
 
 _DATASET = Port("dataset", "the preprocessed dataset")
@@ -117,7 +135,7 @@ STAGES: dict[str, Stage] = {
             "train",
             "train the model, with the best parameters where a search was made",
             "trainer.train.stage:run",
-            ("task", "model", "train", "parallel"),
+            ("task", "model", "train", "parallel", "monitor"),
             {"dataset": _DATASET, "tuning": Port("tuning", "best parameters of the search", optional=True)},
             {"model": Port("model", "the trained model, the teacher of the student")},
         ),

@@ -10,12 +10,14 @@ from trainer.config.base import Section
 from trainer.config.cluster import Cluster
 from trainer.config.data import Data, Task
 from trainer.config.model import FAMILIES, Model, NgramBag
+from trainer.config.monitor import Monitor
+from trainer.config.parallel import Parallel
 from trainer.config.stages import Distill, Evaluate, Promote, Quantize, Tune
-from trainer.config.train import Parallel, Train
+from trainer.config.train import Train
 
 __all__ = [
-    "Cluster", "Data", "Distill", "Evaluate", "Model", "Parallel", "Params", "Promote", "Quantize", "Section", "Task", "Train",
-    "Tune",
+    "Cluster", "Data", "Distill", "Evaluate", "Model", "Monitor", "Parallel", "Params", "Promote", "Quantize", "Section", "Task",
+    "Train", "Tune",
 ]  # fmt: skip
 
 
@@ -32,6 +34,7 @@ class Params(Section):
     quantize: Quantize = Field(default=Quantize(), description=Quantize.__doc__)
     evaluate: Evaluate = Field(default=Evaluate(), description=Evaluate.__doc__)
     promote: Promote = Field(default=Promote(), description=Promote.__doc__)
+    monitor: Monitor = Field(default=Monitor(), description=Monitor.__doc__)
     cluster: Cluster = Field(default=Cluster(), description=Cluster.__doc__)
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Sections `train` and `parallel`: how a model is optimised, and on how many processes."""
+"""Section `train`: how a model is optimised."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from pydantic import AfterValidator, Field
 from trainer import plugins
 from trainer.config.base import Section
 from trainer.config.names import one_of
-
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class EarlyStopping(Section):
-    """Stop when the validation metric no longer improves."""
-
-    patience: int = Field(default=0, ge=0)
-    """Evaluations without an improvement before training stops; 0 never stops early."""
-    threshold: float = Field(default=0.0, ge=0.0)
-    """Smallest change that counts as an improvement."""
+from trainer.config.train_parts import (
+    Beta,
+    EarlyStopping,
+    GaLore,
+    Group,
+    Growth,
+    Instability,
+    NonFinite,
+    Phase,
+    Recompute,
+    Sophia,
+    Trace,
+)  # fmt: skip
 
 
 class Train(Section):
@@ -38,7 +40,7 @@ class Train(Section):
     accumulation: int = Field(default=1, ge=1)
     """Micro-batches per optimizer step; the gradient is exact whatever their sizes."""
     optimizer: Annotated[str, AfterValidator(one_of(plugins.OPTIMIZERS))] = "adamw"
-    """One of sgd, adam, adamw, muon (Muon for matrices, AdamW for the rest)."""
+    """One of sgd, adam, adamw, adamw8bit, adafactor, lion, sophia, galore, muon (Muon for matrices, AdamW for the rest)."""
     lr: float = Field(default=1e-3, gt=0.0, le=100.0)
     """Peak learning rate."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -51,6 +53,12 @@ class Train(Section):
     """Peak rate of the matrices when the optimizer is muon; `lr` is then the rate of AdamW for the rest."""
     weight_decay: float = Field(default=0.0, ge=0.0)
     """Decoupled weight decay on matrices (biases, norms and gains have none)."""
+    sophia: Sophia = Sophia()
+    galore: GaLore = GaLore()
+    layer_decay: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Each block's rate is this times that of the block above it (layer-wise rate decay); 1 gives all the same."""
+    groups: tuple[Group, ...] = ()
+    """Rates and decay of parameters whose names match a pattern; the first that matches counts."""
     schedule: Annotated[str, AfterValidator(one_of(plugins.SCHEDULES))] = "cosine"
     """Shape of the rate after warm-up: constant, linear, cosine, cosine_restarts, polynomial, exponential, wsd."""
     warmup: float = Field(default=0.0, ge=0.0)
@@ -65,6 +73,8 @@ class Train(Section):
     """Share of the peak that the exponential schedule reaches at the end."""
     decay: float = Field(default=0.2, gt=0.0, le=1.0)
     """Share of the steps that the last phase of wsd (warm-up, stable, decay) takes."""
+    phases: tuple[Phase, ...] = ()
+    """Phases in place of `warmup` and `schedule`, one after the other: each leads from one factor of the peak to another."""
     clip: float = Field(default=1.0, ge=0.0)
     """Largest gradient norm; 0 does not clip."""
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -72,10 +82,20 @@ class Train(Section):
     class_weights: Literal["none", "balanced"] = "none"
     """`balanced` weighs each class by the inverse of its frequency."""
     early_stopping: EarlyStopping = EarlyStopping()
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Automatic mixed precision; fp16 adds a gradient scaler."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
+    nonfinite: NonFinite = NonFinite()
+    instability: Instability = Instability()
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """Automatic mixed precision; fp16 adds a gradient scaler. `auto` measures which is fastest here."""
+    compile: Literal["auto"] | bool = False
+    """Compile the model's blocks with torch.compile; `auto` does it where it pays back within the run."""
+    recompute: Recompute = Recompute()
+    offload: Literal["none", "optimizer"] = "none"
+    """`optimizer` keeps the optimizer's state in the host's memory between steps (GPUs only)."""
+    memory_gb: float = Field(default=0.0, ge=0.0)
+    """Most memory of the device, in GB, that a step may take; 0 is all of it."""
+    out_of_memory: Literal["adapt", "stop"] = "adapt"
+    """`adapt` halves the micro-batch, then recomputes activations, then offloads, and keeps the step's batch."""
+    growth: Growth = Growth()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU where there is one."""
     deterministic: bool = True
@@ -88,18 +108,16 @@ class Train(Section):
     """Evaluate on the validation split after this many steps; 0 evaluates after each epoch."""
     log_every: int = Field(default=20, ge=1)
     """Log the loss after this many steps."""
+    statistics_every: int = Field(default=0, ge=0)
+    """Log norms of gradients, weights and updates by block after this many steps; 0 never does."""
+    trace: Trace = Trace()
     checkpoint_every: int = Field(default=100, ge=1)
     """Save the training state after this many steps."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """Complete checkpoints to keep."""
-
-
-class Parallel(Section):
-    """The process group."""
-
-    backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """`auto` takes nccl on GPUs and gloo on CPUs."""
-    timeout_s: float = Field(default=300.0, ge=1.0)
-    """A collective that takes longer than this many seconds ends the job."""
-    max_restarts: int = Field(default=0, ge=0)
-    """Times torchrun restarts the local ranks from the newest checkpoint after one has died."""
+    """Newest complete checkpoints to keep."""
+    keep_best: bool = True
+    """Also keep the checkpoint of the best score."""
+    checkpoint_async: bool = True
+    """Write checkpoints in the background, from a copy in the host's memory."""
+    checkpoint_store: str = ""
+    """URI under which complete checkpoints are copied, such as s3://bucket/run; empty copies none."""

@@ -68,7 +68,7 @@ class Classify(LabelTask):
     def batch(self, split: str, index: np.ndarray) -> Batch:
         """Rows at `index`, padded to the longest of them."""
         data = self.split(split)
-        lengths, few = self.lengths(split)[index], self.params.train.compile
+        lengths, few = self.lengths(split)[index], bool(self.params.train.compile)
         tokens = pad_rows(data.tokens, data.offsets[index], lengths, self.spec.max_length, few_widths=few)
         targets = torch.from_numpy(data.labels[index].astype(np.int64))
         return {"inputs": torch.from_numpy(tokens), "targets": targets}

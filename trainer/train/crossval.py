@@ -14,7 +14,7 @@ from trainer import models, tasks
 from trainer.artifacts.dataset import SPLITS, Dataset, Split
 from trainer.config import Params
 from trainer.config.load import validate
-from trainer.config.train import EarlyStopping
+from trainer.config.train_parts import EarlyStopping
 from trainer.cores import num_cores
 from trainer.errors import ConfigError, DataError
 from trainer.train.fit import fit

@@ -47,13 +47,13 @@ def machine(train: Train) -> Iterator[torch.device]:
     if train.deterministic:
         # cuBLAS reads this when it starts; without it, deterministic mode refuses to multiply matrices.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        set_deterministic(True, train.compile)
+        set_deterministic(True, bool(train.compile))
         memory.fill_uninitialized_memory = False
     try:
         yield choose(train.device)
     finally:
         torch.set_num_threads(threads)
-        set_deterministic(strict, train.compile)
+        set_deterministic(strict, bool(train.compile))
         memory.fill_uninitialized_memory = fill
 
 
