@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -24,9 +25,9 @@ SMALL = {
 TEXTS = [name for name, (_, _, learns) in FAMILIES.items() if "classify" in learns]
 
 
-def make(name: str) -> tuple[torch.nn.Module, object, Spec]:
+def make(name: str, **changed: int) -> tuple[torch.nn.Module, object, Spec]:
     family, _, learns = FAMILIES[name]
-    config, spec = family(name=name, **SMALL.get(name, {})), SPECS[learns[0]]
+    config, spec = family(name=name, **(SMALL.get(name, {}) | changed)), SPECS[learns[0]]
     seed_all(1)
     return models.build(config, spec).eval(), config, spec
 
@@ -60,6 +61,23 @@ def test_padding_does_not_change_a_texts_logits(name):
 def test_an_empty_text_has_finite_logits(name):
     model, _, _ = make(name)
     assert model(torch.zeros(2, 8, dtype=torch.int64)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["decoder", "encoder", "vit"])
+def test_a_stack_in_parts_is_the_whole(name):
+    """Each part has no more than what the embedding, its own blocks or the head need."""
+    model, _, spec = make(name, layers=3)
+    given = inputs(spec)
+    first, last = copy.deepcopy(model), copy.deepcopy(model)
+    for attribute in set(model.head_names) - set(model.embed_names):
+        setattr(first, attribute, None)
+    for attribute in set(model.embed_names) - set(model.head_names):
+        setattr(last, attribute, None)
+    setattr(first.blocks, "2", None)
+    last.blocks[0] = last.blocks[1] = torch.nn.Identity()
+    x = first(given, span=(0, 2))
+    assert x.shape == model.stream(given)
+    assert torch.equal(last(given, x, (2, 3)), model(given))
 
 
 def test_decoder_never_sees_the_future():

@@ -14,6 +14,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from trainer.artifacts.dataset import Spec
 from trainer.config.model import Decoder as Config
+from trainer.models.stack import Stack
 
 
 def rotary(length: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -69,33 +70,44 @@ class Block(nn.Module):
         return out
 
 
-class Decoder(nn.Module):
+class Decoder(Stack):
     """tokens (batch, length) -> logits of the next token (batch, length, vocabulary)."""
 
     def __init__(self, config: Config, vocab_size: int) -> None:
         super().__init__()
         self.theta = config.rope_theta
-        self.width = config.dim // config.heads
+        self.dim, self.width = config.dim, config.dim // config.heads
         self.embedding = nn.Embedding(vocab_size, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
         self.output = None if config.tie_embeddings else nn.Linear(config.dim, vocab_size, bias=False)
+        self.embed_names = ("embedding",)
+        self.head_names = ("norm", "embedding" if config.tie_embeddings else "output")
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 # Residual branches shrink with the depth, so that the stream's variance does not grow (GPT-2).
                 deep = name.endswith(("proj.weight", "down.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.layers) if deep else 0.02)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens int64 (batch, length) to logits (batch, length, vocabulary); place t predicts token t + 1."""
-        cos, sin = rotary(tokens.shape[1], self.width, self.theta, tokens.device)
-        x = self.dropout(self.embedding(tokens))
-        for block in self.blocks:
-            x = block(x, cos, sin)
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Tokens int64 (batch, length) as vectors (batch, length, dim)."""
+        embedded: Tensor = self.dropout(self.embedding(inputs))
+        return embedded
+
+    def beside(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """Cosine and sine of the rotary angles."""
+        return rotary(inputs.shape[1], self.width, self.theta, inputs.device)
+
+    def head(self, x: Tensor, inputs: Tensor) -> Tensor:
+        """Logits (batch, length, vocabulary); place t predicts token t + 1."""
         x = self.norm(x)
         logits: Tensor = linear(x, self.embedding.weight) if self.output is None else self.output(x)
         return logits
+
+    def stream(self, inputs: Tensor) -> tuple[int, ...]:
+        """(batch, length, dim)."""
+        return (*inputs.shape, self.dim)
 
 
 def build(config: Config, spec: Spec) -> nn.Module:

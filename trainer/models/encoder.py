@@ -8,6 +8,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from trainer.artifacts.dataset import PAD, Spec
 from trainer.config.model import Encoder as Config
+from trainer.models.stack import Stack
 
 
 class Block(nn.Module):
@@ -36,11 +37,15 @@ class Block(nn.Module):
         return out
 
 
-class Encoder(nn.Module):
-    """tokens (batch, length) -> logits (batch, labels)."""
+class Encoder(Stack):
+    """tokens int64 (batch, length <= max_length), padded with 0 at the end -> logits (batch, labels)."""
+
+    embed_names = ("embedding", "position")
+    head_names = ("norm", "output")
 
     def __init__(self, config: Config, spec: Spec) -> None:
         super().__init__()
+        self.dim = config.dim
         self.embedding = nn.Embedding(spec.vocab_size, config.dim)
         self.position = nn.Embedding(spec.max_length, config.dim)
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -52,18 +57,31 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(config.dim)
         self.output = nn.Linear(config.dim, spec.num_labels)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens int64 (batch, length <= max_length), padded with 0 at the end to logits (batch, labels)."""
-        place = torch.arange(tokens.shape[1], device=tokens.device)
-        # The first token is always seen: a softmax over an empty text would be NaN.
-        seen = (tokens != PAD) | (place == 0)
-        x = self.dropout(self.embedding(tokens) + self.position(place))
-        for block in self.blocks:
-            x = block(x, seen[:, None, None, :])
-        weight = seen.unsqueeze(2).to(x.dtype)
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Tokens and their places as vectors (batch, length, dim)."""
+        place = torch.arange(inputs.shape[1], device=inputs.device)
+        embedded: Tensor = self.dropout(self.embedding(inputs) + self.position(place))
+        return embedded
+
+    def beside(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """Which keys may be seen, bool (batch, 1, 1, length)."""
+        return (seen(inputs)[:, None, None, :],)
+
+    def head(self, x: Tensor, inputs: Tensor) -> Tensor:
+        """Logits (batch, labels) of the mean over a text's tokens."""
+        weight = seen(inputs).unsqueeze(2).to(x.dtype)
         pooled = (self.norm(x) * weight).sum(dim=1) / weight.sum(dim=1)
         logits: Tensor = self.output(pooled)
         return logits
+
+    def stream(self, inputs: Tensor) -> tuple[int, ...]:
+        """(batch, length, dim)."""
+        return (*inputs.shape, self.dim)
+
+
+def seen(tokens: Tensor) -> Tensor:
+    """Tokens that are no padding, bool (batch, length); the first always: a softmax over an empty text would be NaN."""
+    return (tokens != PAD) | (torch.arange(tokens.shape[1], device=tokens.device) == 0)
 
 
 def build(config: Config, spec: Spec) -> nn.Module:
