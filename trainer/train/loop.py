@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from trainer import log
 from trainer.config import Params
-from trainer.errors import DivergedError, Preempted
+from trainer.errors import Preempted
 from trainer.parallel.group import Ranks
 from trainer.tasks.base import Batch, Task, to_device
-from trainer.train import optimizers, schedules
+from trainer.train import inject, optimizers, schedules
 from trainer.train.checkpoint import Checkpoints
 from trainer.train.device import autocast
+from trainer.train.guard import Guard
 from trainer.train.preempt import Interrupted, Preemption
 from trainer.train.state import Progress, rng_state, set_rng_state
 
@@ -52,13 +53,15 @@ class Loop:
         on_step: OnStep | None,
     ) -> None:
         self.train = params.train
-        self.task, self.model, self.ranks, self.device = task, model, ranks, device
+        self.model, self.ranks, self.device = model, ranks, device
+        self.task = inject.faulty(task, ranks.rank, lambda: self.progress.step + 1)
         self.checkpoints, self.preemption = checkpoints, preemption
         self.what, self.on_eval, self.on_step = what, on_eval, on_step
         self.forward_model: nn.Module = torch.compile(model) if self.train.compile else model  # type: ignore[assignment]
         self.optimizer = optimizers.build(model, self.train)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.progress = Progress()
+        self.guard = Guard(self.train, model, self.optimizer, ranks, what)
         self.best: dict[str, Tensor] = {}
         self._set_block(self.train.batch_size * self.train.accumulation * ranks.size)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
@@ -87,26 +90,26 @@ class Loop:
                 if self._evaluation_due():
                     self._evaluate()
                 if self.progress.step >= self.total or self.progress.stopped:
-                    return
+                    return self.guard.at_end(self.progress)
                 self._step()
                 self._after_step()
 
     def _step(self) -> None:
         """One optimizer step."""
         now = self.progress
+        self.guard.begin(now)
         batches, used = self._fetch()
-        counts = torch.tensor(
-            [sum(self.task.units(batch) for batch in batches), self.preemption.asked], dtype=torch.float64
-        )
-        units, preempted = self.ranks.sum(counts).tolist()
+        mine = [sum(self.task.units(batch) for batch in batches), self.preemption.asked, len(self.guard.rows)]
+        units, preempted, bad_rows = self.ranks.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
         if preempted:
             self._preempt()
-        loss, norm = self._gradients(batches, max(units, 1.0))
-        if self._finite(loss, norm):
+        loss, norm, terms = (math.nan, math.nan, {}) if bad_rows else self._gradients(batches, max(units, 1.0))
+        if self._finite(loss, norm, terms):
             self._update(norm)
         now.step += 1
-        now.window_loss += loss
-        now.window_steps += 1
+        if math.isfinite(loss):
+            now.window_loss += loss
+            now.window_steps += 1
         now.offset += used
         if now.offset >= self.task.num_examples("train"):
             now.epoch, now.offset = now.epoch + 1, 0
@@ -137,7 +140,9 @@ class Loop:
         for start in range(self.ranks.rank * size, len(index), self.ranks.size * size):
             batch = self.task.batch("train", index[start : start + size])
             rng = np.random.default_rng([self.train.seed, now.epoch, now.offset])
-            batches.append(to_device(self.task.augment(batch, rng, start), self.device))
+            batch = self.task.augment(batch, rng, start)
+            self.guard.look(batch, index[start : start + size])
+            batches.append(to_device(batch, self.device))
         return batches, len(index)
 
     # -- a step's parts ---------------------------------------------------------------------------------------------
@@ -146,26 +151,40 @@ class Loop:
     def _scale(self) -> float:
         return self.progress.scale if self.train.precision == "fp16" else 1.0
 
-    def _gradients(self, batches: list[Batch], units: float) -> tuple[float, float]:
-        """Leave the step's (scaled) gradient in the parameters; its loss per unit and the gradient's norm."""
+    def _gradients(self, batches: list[Batch], units: float) -> tuple[float, float, dict[str, Tensor]]:
+        """Leave the step's (scaled) gradient in the parameters.
+
+        Returns:
+            The step's loss per unit and the gradient's norm (NaN where the loss is not finite), over all ranks; this
+            rank's loss terms.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        terms = self._backward(batches, units)
+        mine = torch.stack(list(terms.values())).sum() if terms else torch.zeros((), dtype=torch.float64)
+        loss = self.ranks.sum(mine.cpu()).item() / units
+        if not math.isfinite(loss):
+            return loss, math.nan, terms
+        self.ranks.sum_gradients(self.parameters)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        return loss, float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0, terms
+
+    def _backward(self, batches: list[Batch], units: float) -> dict[str, Tensor]:
+        """Forward and backward pass of each micro-batch; the sums of this rank's loss terms."""
+        sums: dict[str, Tensor] = {}
         for batch in batches:
             with autocast(self.train, self.device):
                 terms = self.task.losses(self.forward_model, batch)
             total = torch.stack(list(terms.values())).sum()
             (total * (self._scale / units)).backward()  # type: ignore[no-untyped-call]
-            loss += total.detach().double()
-        self.ranks.sum_gradients(self.parameters)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
-        return self.ranks.sum(loss.cpu()).item() / units, norm
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0.0) + term.detach().double()
+        return sums
 
-    def _finite(self, loss: float, norm: float) -> bool:
+    def _finite(self, loss: float, norm: float, terms: dict[str, Tensor]) -> bool:
         """Whether the step may touch the weights. Loss and norm are sums over the ranks, so all ranks agree.
 
         Raises:
-            DivergedError: the loss or the gradient is not finite.
+            DivergedError: the loss or the gradient is not finite, and `train.nonfinite` does not let the run go on.
         """
         now = self.progress
         if math.isfinite(loss) and math.isfinite(norm):
@@ -173,13 +192,9 @@ class Loop:
             return True
         if self.train.precision == "fp16" and math.isfinite(loss) and now.scale > SMALLEST_SCALE:
             now.scale, now.scale_steps = now.scale / 2, 0
-            return False
-        names = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}, first in {(names or ['?'])[0]}"
-        raise DivergedError(
-            f"{self.what}: step {now.step + 1} of {self.total}: {what} is not finite; the weights were not changed",
-            "lower train.lr, set train.clip=1.0 or train.warmup=0.1, or use train.precision=fp32",
-        )
+        else:
+            self.guard.refuse(now, self.total, loss, norm, terms)
+        return False
 
     def _update(self, norm: float) -> None:
         """Unscale and clip the gradient, set the rate, step."""
@@ -189,7 +204,7 @@ class Loop:
             factor *= self.train.clip / (norm * factor)
         if factor != 1.0:
             torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], factor)
-        rate = schedules.factor(now.step, self.total, self.train)
+        rate = schedules.factor(now.step, self.total, self.train) * now.lr_scale
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
         self.optimizer.step()
@@ -199,12 +214,13 @@ class Loop:
 
     def _log_step(self, norm: float) -> None:
         now = self.progress
-        loss = now.window_loss / now.window_steps
+        loss = now.window_loss / max(now.window_steps, 1)
         self._shown.update(now.step, f"loss {loss:.4f}")
-        if now.step % self.train.log_every and now.step != self.total:
+        if (now.step % self.train.log_every and now.step != self.total) or not now.window_steps:
             return
         rate = self.optimizer.param_groups[-1]["lr"]
-        now.history.append({"step": now.step, "epoch": now.epoch, "lr": rate, "train_loss": loss, "grad_norm": norm})
+        row = {"step": now.step, "epoch": now.epoch, "lr": rate, "train_loss": loss}
+        now.history.append(row | ({"grad_norm": norm} if math.isfinite(norm) else {}))
         now.window_loss, now.window_steps = 0.0, 0
 
     # -- evaluation -------------------------------------------------------------------------------------------------
@@ -227,10 +243,13 @@ class Loop:
             log.say("", step=now.step, epoch=now.epoch, **metrics)
         score = metrics[f"val_{task.metric}"]
         gain = score if task.direction == "maximize" else -score
-        if now.best_score is None or gain > now.best_score:
+        sound = math.isfinite(gain) and math.isfinite(metrics.get("val_loss", 0.0))
+        if not sound:
+            self.guard.refuse_score(now, self.total, metrics)
+        if sound and (now.best_score is None or gain > now.best_score):
             now.best_score, now.best_step, now.best_metrics = gain, now.step, metrics
             self.best = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-        if now.anchor is None or gain > now.anchor + self.train.early_stopping.threshold:
+        if sound and (now.anchor is None or gain > now.anchor + self.train.early_stopping.threshold):
             now.anchor, now.stale = gain, 0
         else:
             now.stale += 1
@@ -262,6 +281,7 @@ class Loop:
             "model": dict(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "best": self.best,
+            "good": self.guard.state(self.progress),
             "progress": asdict(self.progress),
         }
         self.checkpoints.save(self.progress.step, tree, rng_state(self.device))
@@ -275,6 +295,7 @@ class Loop:
         self.model.load_state_dict(tree["model"])
         self.optimizer.load_state_dict(tree["optimizer"])
         self.best = {name: value.to(self.device) for name, value in tree["best"].items()}
+        self.guard.load(tree["good"])
         self.progress = Progress(**tree["progress"])
         if self.progress.block != self.block:
             # Another number of ranks shares the steps as they were: the same gradients, rates and number of steps.

@@ -31,6 +31,9 @@ class Progress:
         window_steps: number of those steps.
         scale: fp16 loss scale.
         scale_steps: steps since the scale last changed.
+        skipped: steps left out because something was not finite.
+        rollbacks: times the run went back to the last good weights.
+        lr_scale: factor of the rate, from the rollbacks.
         history: rows as they stand in history.jsonl.
     """
 
@@ -49,6 +52,9 @@ class Progress:
     window_steps: int = 0
     scale: float = 65536.0
     scale_steps: int = 0
+    skipped: int = 0
+    rollbacks: int = 0
+    lr_scale: float = 1.0
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
