@@ -12,6 +12,7 @@ from tests.tiny import tiny_dataset
 from trainer import models, tasks
 from trainer.config.load import load
 from trainer.errors import DivergedError
+from trainer.monitor.watch import Watch
 from trainer.parallel.group import Ranks
 from trainer.tasks.classify import Classify
 from trainer.train import schedules
@@ -310,7 +311,9 @@ def test_a_run_that_goes_on_alone_keeps_the_size_of_the_steps_of_two_ranks(datas
         seed_all(0)
         model = models.build(params.model, datasets["classify"].spec)
         checkpoints = Checkpoints(tmp_path, 2, Ranks(), "run")
-        made = Loop(params, task, model, Ranks(), torch.device("cpu"), checkpoints, Preemption(), "t", None, hook)
+        device = torch.device("cpu")
+        watch = Watch(task, model, params.train, device, 1)
+        made = Loop(params, task, model, Ranks(), device, checkpoints, Preemption(), "t", None, hook, watch)
         if ranks_batch:
             made._set_block(ranks_batch)
         return made

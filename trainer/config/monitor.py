@@ -13,7 +13,7 @@ class Monitor(Section):
     """Where a run's figures go besides history.jsonl, which is always written."""
 
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
-    """Trackers that get each logged row: tensorboard, wandb, mlflow. Each needs its own package."""
+    """Trackers that get each logged row: tensorboard (needs nothing), wandb and mlflow (each needs its package)."""
     project: str = Field(default="millrace", min_length=1)
     """Project (W&B) or experiment (MLflow)."""
     folder: str = "out/tracking"

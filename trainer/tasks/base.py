@@ -30,11 +30,13 @@ class Task(ABC):
         metric: the metric by which the best weights are chosen, without the prefix `val_`.
         direction: whether more or less of it is better, `maximize` or `minimize`.
         spec: the shape of the examples.
+        unit: what a unit is called where speed is told, `examples` or `tokens`.
     """
 
     name: str
     metric: str
     direction: str
+    unit = "examples"
 
     def __init__(self, params: Params, dataset: Dataset) -> None:
         if dataset.spec.task != self.name:

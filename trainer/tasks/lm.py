@@ -25,6 +25,7 @@ class LanguageModel(Task):
     name = "lm"
     metric = "bits_per_byte"
     direction = "minimize"
+    unit = "tokens"
 
     def num_examples(self, split: str) -> int:
         """Number of windows."""

@@ -16,7 +16,7 @@ class Wrapped(Task):
     def __init__(self, base: Task) -> None:
         self.base = base
         self.name, self.metric, self.direction = base.name, base.metric, base.direction
-        self.params, self.dataset, self.spec = base.params, base.dataset, base.spec
+        self.params, self.dataset, self.spec, self.unit = base.params, base.dataset, base.spec, base.unit
 
     def split(self, name: str) -> Split:
         """A split of the dataset."""

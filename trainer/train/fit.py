@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from torch import nn
 
 from trainer.artifacts.manifest import canonical
 from trainer.config import Params
+from trainer.monitor.sinks import LIVE, Guarded, LiveFile, Sink
+from trainer.monitor.watch import Watch
 from trainer.parallel import group
 from trainer.stage import FREE
 from trainer.tasks.base import Task
@@ -51,6 +54,7 @@ def fit(
     scratch: Path | None = None,
     on_eval: OnEval | None = None,
     on_step: OnStep | None = None,
+    sinks: Sequence[Sink] = (),
     what: str = "train",
 ) -> Fitted:
     """Train `model` in place and give it back with its best weights.
@@ -64,6 +68,7 @@ def fit(
         scratch: folder for checkpoints; a run killed there goes on from the newest. None keeps none.
         on_eval: called after each evaluation with (step, metrics); what it raises ends the run.
         on_step: called after each optimizer step with (step, steps in all, model).
+        sinks: what gets the rows of the run besides the live file in `scratch`, on rank 0; they are closed at the end.
         what: the name that messages use.
 
     Raises:
@@ -78,10 +83,12 @@ def fit(
         ranks.same_parameters(model)
         folder = scratch / what if scratch else None
         checkpoints = Checkpoints(folder, params.train.keep_checkpoints, ranks, identity(params, task, model))
-        loop = Loop(params, task, model, ranks, device, checkpoints, preemption, what, on_eval, on_step)
-        seed_all(params.train.seed, ranks.rank)
-        loop.resume()
-        loop.run()
+        live: list[Sink] = [Guarded({LIVE: LiveFile(folder / LIVE)})] if folder and ranks.rank == 0 else []
+        with Watch(task, model, params.train, device, ranks.size, [*live, *sinks]) as watch:
+            loop = Loop(params, task, model, ranks, device, checkpoints, preemption, what, on_eval, on_step, watch)
+            seed_all(params.train.seed, ranks.rank)
+            loop.resume()
+            loop.run()
         if loop.best:
             model.load_state_dict(loop.best)
         model.to("cpu").eval()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from trainer import log
 from trainer.config import Params
 from trainer.errors import Preempted
+from trainer.monitor.watch import Watch
 from trainer.parallel.group import Ranks
 from trainer.tasks.base import Batch, Task, to_device
 from trainer.train import inject, optimizers, schedules
@@ -51,11 +52,12 @@ class Loop:
         what: str,
         on_eval: OnEval | None,
         on_step: OnStep | None,
+        watch: Watch,
     ) -> None:
         self.train = params.train
         self.model, self.ranks, self.device = model, ranks, device
         self.task = inject.faulty(task, ranks.rank, lambda: self.progress.step + 1)
-        self.checkpoints, self.preemption = checkpoints, preemption
+        self.checkpoints, self.preemption, self.watch = checkpoints, preemption, watch
         self.what, self.on_eval, self.on_step = what, on_eval, on_step
         self.forward_model: nn.Module = torch.compile(model) if self.train.compile else model  # type: ignore[assignment]
         self.optimizer = optimizers.build(model, self.train)
@@ -98,7 +100,8 @@ class Loop:
         """One optimizer step."""
         now = self.progress
         self.guard.begin(now)
-        batches, used = self._fetch()
+        with self.watch.part("data"):
+            batches, used = self._fetch()
         mine = [sum(self.task.units(batch) for batch in batches), self.preemption.asked, len(self.guard.rows)]
         units, preempted, bad_rows = self.ranks.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
         if preempted:
@@ -106,6 +109,7 @@ class Loop:
         loss, norm, terms = (math.nan, math.nan, {}) if bad_rows else self._gradients(batches, max(units, 1.0))
         if self._finite(loss, norm, terms):
             self._update(norm)
+        self.watch.step(units)
         now.step += 1
         if math.isfinite(loss):
             now.window_loss += loss
@@ -221,6 +225,7 @@ class Loop:
         rate = self.optimizer.param_groups[-1]["lr"]
         row = {"step": now.step, "epoch": now.epoch, "lr": rate, "train_loss": loss}
         now.history.append(row | ({"grad_norm": norm} if math.isfinite(norm) else {}))
+        self.watch.row(now.history[-1])
         now.window_loss, now.window_steps = 0.0, 0
 
     # -- evaluation -------------------------------------------------------------------------------------------------
@@ -236,8 +241,10 @@ class Loop:
     def _evaluate(self) -> None:
         """Evaluate on the validation split, keep the best weights, and see whether to stop early."""
         now, task = self.progress, self.task
-        metrics = {f"val_{name}": value for name, value in self._measure().items()}
+        with self.watch.part("evaluate"):
+            metrics = {f"val_{name}": value for name, value in self._measure().items()}
         now.history.append({"step": now.step, **metrics})
+        self.watch.row(now.history[-1])
         now.evaluated = now.step
         if self.ranks.rank == 0:
             log.say("", step=now.step, epoch=now.epoch, **metrics)
@@ -284,12 +291,14 @@ class Loop:
             "good": self.guard.state(self.progress),
             "progress": asdict(self.progress),
         }
-        self.checkpoints.save(self.progress.step, tree, rng_state(self.device))
+        with self.watch.part("checkpoint"):
+            self.checkpoints.save(self.progress.step, tree, rng_state(self.device))
 
     def resume(self) -> None:
         """Take the state of the newest good checkpoint, if there is one."""
         loaded = self.checkpoints.load()
         if loaded is None:
+            self.watch.resume(0, -1)
             return
         tree, rng = loaded
         self.model.load_state_dict(tree["model"])
@@ -302,6 +311,7 @@ class Loop:
             self._set_block(self.progress.block)
             self._shown = log.Progress(self.what, self.total)
         self._shown.resume(self.progress.step)
+        self.watch.resume(self.progress.step, self.progress.evaluated)
         if rng is not None:
             set_rng_state(rng, self.device)
 

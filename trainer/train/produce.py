@@ -13,6 +13,7 @@ from trainer.artifacts.dataset import Dataset
 from trainer.config import Params
 from trainer.config.load import with_values
 from trainer.errors import ArtifactError
+from trainer.monitor.trackers import open_trackers
 from trainer.stage import Call, Result
 from trainer.train.fit import fit
 from trainer.train.loop import history_lines
@@ -33,7 +34,8 @@ def train(call: Call) -> Result:
     first = not distributed.is_initialized() or distributed.get_rank() == 0
     if first:
         log.say(f"train {params.model.name} on {task.num_examples('train')} examples", num_parameters=num_parameters)
-    fitted = fit(params, task, model, scratch=call.scratch)
+    sinks = open_trackers(params, "train", call.scratch) if first else []
+    fitted = fit(params, task, model, scratch=call.scratch, sinks=sinks)
     metrics = fitted.metrics
     if first:
         folder = call.outputs["model"]

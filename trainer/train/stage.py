@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trainer.monitor.trackers import check
 from trainer.parallel import nodes
 from trainer.stage import Call, Result
 
@@ -12,6 +13,7 @@ def run(call: Call) -> Result:
     Raises:
         MillraceError: bad parameters or data, divergence, preemption, a dead rank.
     """
+    check(call.params.monitor)
     # Each imports what it needs: a launcher has no use for torch.
     if call.params.train.processes > 1 or nodes.here().count > 1:
         from trainer.parallel.launch import launch
