@@ -19,8 +19,16 @@ OPTIMIZERS: dict[str, str] = {
     "sgd": "trainer.train.optimizers:sgd",
     "adam": "trainer.train.optimizers:adam",
     "adamw": "trainer.train.optimizers:adamw",
+    "adamw8bit": "trainer.train.adamw8bit:adamw8bit",
+    "adafactor": "trainer.train.optimizers:adafactor",
+    "lion": "trainer.train.lion:lion",
+    "sophia": "trainer.train.sophia:sophia",
+    "galore": "trainer.train.galore:galore",
     "muon": "trainer.train.muon:muon",
 }
+
+# Those that parallel.zero and parallel.tp can divide: they work element by element, or gather what they need whole.
+SHARDABLE: frozenset[str] = frozenset({"sgd", "adam", "adamw", "lion", "sophia", "muon"})
 
 # Each is scale(progress, train: Train) -> factor of the peak rate, for progress in 0..1 after the warm-up.
 SCHEDULES: dict[str, str] = {

@@ -11,7 +11,7 @@ from torch import nn
 
 from trainer import plugins
 from trainer.config import Train
-from trainer.train import muon, optimizers, schedules, state
+from trainer.train import optimizers, schedules, state
 from trainer.train.checkpoint import join, split
 
 TOTAL = 100
@@ -121,11 +121,12 @@ def test_only_matrices_decay(name):
 
 def test_muon_takes_inner_matrices_and_adamw_the_rest():
     model = Net()
-    both = muon.muon(list(model.named_parameters()), Train(optimizer="muon"))
-    taken = {id(p) for group in both.optimizers[0].param_groups for p in group["params"]}
-    assert taken == {id(model.inner.weight)}
-    rest = {id(p) for group in both.optimizers[1].param_groups for p in group["params"]}
-    assert rest == {id(p) for p in model.parameters()} - taken
+    both = optimizers.build(model, Train(optimizer="muon"))
+    step(model, both)
+    taken = {name for name, parameter in model.named_parameters() if "momentum_buffer" in both.state[parameter]}
+    assert taken == {"inner.weight"}
+    rest = {name for name, parameter in model.named_parameters() if "exp_avg_sq" in both.state[parameter]}
+    assert rest == {name for name, _ in model.named_parameters()} - taken
 
 
 def test_state_of_the_generators_comes_back():

@@ -21,6 +21,7 @@ from trainer.config.train_parts import (
     Recompute,
     Sophia,
     Trace,
+    check_phases,
 )  # fmt: skip
 
 
@@ -44,9 +45,9 @@ class Train(Section):
     lr: float = Field(default=1e-3, gt=0.0, le=100.0)
     """Peak learning rate."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Adam's decay rates of the first and second moment."""
+    """Decay rates of the first and second moment (Adam and AdamW, Lion, Sophia, GaLore)."""
     eps: float = Field(default=1e-8, gt=0.0)
-    """Adam's epsilon."""
+    """What keeps a division by the second moment finite; the least curvature of Sophia."""
     momentum: Beta = 0.9
     """Momentum of SGD and Muon."""
     muon_lr: float = Field(default=0.02, gt=0.0)
@@ -56,7 +57,7 @@ class Train(Section):
     sophia: Sophia = Sophia()
     galore: GaLore = GaLore()
     layer_decay: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Each block's rate is this times that of the block above it (layer-wise rate decay); 1 gives all the same."""
+    """Each block's rate is this times that of the block above it, embeddings' the lowest; 1 gives all the same."""
     groups: tuple[Group, ...] = ()
     """Rates and decay of parameters whose names match a pattern; the first that matches counts."""
     schedule: Annotated[str, AfterValidator(one_of(plugins.SCHEDULES))] = "cosine"
@@ -73,7 +74,7 @@ class Train(Section):
     """Share of the peak that the exponential schedule reaches at the end."""
     decay: float = Field(default=0.2, gt=0.0, le=1.0)
     """Share of the steps that the last phase of wsd (warm-up, stable, decay) takes."""
-    phases: tuple[Phase, ...] = ()
+    phases: Annotated[tuple[Phase, ...], AfterValidator(check_phases)] = ()
     """Phases in place of `warmup` and `schedule`, one after the other: each leads from one factor of the peak to another."""
     clip: float = Field(default=1.0, ge=0.0)
     """Largest gradient norm; 0 does not clip."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from trainer import plugins
 from trainer.config.base import Section
@@ -23,19 +23,19 @@ class EarlyStopping(Section):
 
 
 class Sophia(Section):
-    """Sophia-G (Liu et al. 2024): AdamW's shape with an estimate of the curvature."""
+    """Sophia-G (Liu et al. 2024): momentum divided by an estimate of the curvature."""
 
     rho: float = Field(default=0.04, gt=0.0)
-    """Clipping threshold: share of the curvature that an update may reach."""
+    """Factor of the curvature that the momentum is divided by: the smaller it is, the more of the step is clipped."""
     every: int = Field(default=10, ge=1)
-    """Estimate the curvature after this many steps."""
+    """Estimate the curvature before every so many steps; each estimate costs about as much as a step."""
 
 
 class GaLore(Section):
     """GaLore (Zhao et al. 2024): Adam's moments in a subspace of the gradient of each matrix."""
 
     rank: int = Field(default=128, ge=1)
-    """Dimensions of the subspace."""
+    """Dimensions of the subspace; matrices that are no larger go with plain AdamW."""
     every: int = Field(default=200, ge=1)
     """Find the subspace anew after this many steps."""
     scale: float = Field(default=0.25, gt=0.0)
@@ -46,11 +46,11 @@ class Group(Section):
     """Parameters with a rate or decay of their own."""
 
     match: str = Field(min_length=1)
-    """Pattern of parameter names, with * and ? (`embedding.*`)."""
+    """Pattern of parameter names, with * and ? (`embedding.*`, `blocks.0.*`, `*.bias`)."""
     lr_scale: float = Field(default=1.0, ge=0.0)
-    """Factor of the rate; 0 keeps the parameters as they are."""
+    """Factor of the rate; 0 freezes the parameters: no gradient, no state."""
     weight_decay: float | None = Field(default=None, ge=0.0)
-    """Decay of these parameters; none takes `train.weight_decay`."""
+    """Decay of all that match, vectors too; none takes `train.weight_decay` for matrices."""
 
 
 class Phase(Section):
@@ -58,12 +58,37 @@ class Phase(Section):
 
     schedule: Annotated[str, AfterValidator(one_of(plugins.SCHEDULES))] = "linear"
     """Shape of the way from `start` to `end`."""
-    steps: float = Field(gt=0.0)
-    """Length: a share of all steps if below 1, else a number of steps; the last phase takes what is left."""
+    steps: float = Field(default=0.0, ge=0.0)
+    """Length: a share of all steps if below 1, else a number of steps; 0, in the last phase alone, takes what is left."""
     start: float = Field(default=1.0, ge=0.0)
     """Factor of the peak rate at the beginning."""
     end: float = Field(default=1.0, ge=0.0)
     """Factor of the peak rate at the end."""
+
+    @model_validator(mode="after")
+    def _shape_fits(self) -> Self:
+        if self.schedule == "constant" and self.start != self.end:
+            raise ValueError(f"a constant phase cannot lead from {self.start:g} to {self.end:g}: use linear")
+        if self.schedule == "exponential" and not (self.start > 0 and self.end > 0):
+            raise ValueError("an exponential phase neither starts nor ends at 0: use a small factor, such as 0.001")
+        return self
+
+
+def check_phases(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+    """A pydantic validator: the last phase takes what is left, and the others leave something."""
+    if not phases:
+        return phases
+    if phases[-1].steps:
+        raise ValueError(
+            f"phase {len(phases)}, the last, takes what is left: leave out its steps ({phases[-1].steps:g})"
+        )
+    for number, phase in enumerate(phases[:-1], 1):
+        if not phase.steps:
+            raise ValueError(f"phase {number} has no steps; only the last takes what is left")
+    shares = sum(phase.steps for phase in phases if phase.steps < 1.0)
+    if shares >= 1.0:
+        raise ValueError(f"the shares of the phases before the last sum to {shares:g}, which leaves nothing for it")
+    return phases
 
 
 class NonFinite(Section):

@@ -83,6 +83,7 @@ def fit(
         ranks.same_parameters(model)
         folder = scratch / what if scratch else None
         checkpoints = Checkpoints(folder, params.train.keep_checkpoints, ranks, identity(params, task, model))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         live: list[Sink] = [Guarded({LIVE: LiveFile(folder / LIVE)})] if folder and ranks.rank == 0 else []
         with Watch(task, model, params.train, device, ranks.size, [*live, *sinks]) as watch:
             loop = Loop(params, task, model, ranks, device, checkpoints, preemption, what, on_eval, on_step, watch)
@@ -92,6 +93,8 @@ def fit(
         if loop.best:
             model.load_state_dict(loop.best)
         model.to("cpu").eval()
+        for parameter in trained:
+            parameter.requires_grad_(True)  # `train.groups` may have frozen it for this run
     done = loop.progress
     return Fitted(model, done.history, done.best_metrics, done.step, done.best_step, time.monotonic() - start)
 

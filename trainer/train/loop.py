@@ -27,6 +27,7 @@ from trainer.train.checkpoint import Checkpoints
 from trainer.train.device import autocast
 from trainer.train.guard import Guard
 from trainer.train.preempt import Interrupted, Preemption
+from trainer.train.sophia import Sampled, Sophia
 from trainer.train.state import Progress, rng_state, set_rng_state
 
 # fp16: the loss scale doubles after this many good steps, and halves on an overflow (Micikevicius et al. 2018).
@@ -106,7 +107,13 @@ class Loop:
         units, preempted, bad_rows = self.ranks.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
         if preempted:
             self._preempt()
-        loss, norm, terms = (math.nan, math.nan, {}) if bad_rows else self._gradients(batches, max(units, 1.0))
+        if isinstance(self.optimizer, Sophia) and self.optimizer.due(now.step) and not bad_rows:
+            labels = Sampled(self.task, (self.train.seed, now.step))
+            if math.isfinite(self._gradients(batches, max(units, 1.0), labels)[1]):
+                self.optimizer.estimate(max(units, 1.0) / self._scale**2)
+        loss, norm, terms = (
+            (math.nan, math.nan, {}) if bad_rows else self._gradients(batches, max(units, 1.0), self.task)
+        )
         if self._finite(loss, norm, terms):
             self._update(norm)
         self.watch.step(units)
@@ -155,7 +162,7 @@ class Loop:
     def _scale(self) -> float:
         return self.progress.scale if self.train.precision == "fp16" else 1.0
 
-    def _gradients(self, batches: list[Batch], units: float) -> tuple[float, float, dict[str, Tensor]]:
+    def _gradients(self, batches: list[Batch], units: float, task: Task) -> tuple[float, float, dict[str, Tensor]]:
         """Leave the step's (scaled) gradient in the parameters.
 
         Returns:
@@ -163,7 +170,7 @@ class Loop:
             rank's loss terms.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        terms = self._backward(batches, units)
+        terms = self._backward(batches, units, task)
         mine = torch.stack(list(terms.values())).sum() if terms else torch.zeros((), dtype=torch.float64)
         loss = self.ranks.sum(mine.cpu()).item() / units
         if not math.isfinite(loss):
@@ -172,12 +179,12 @@ class Loop:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         return loss, float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0, terms
 
-    def _backward(self, batches: list[Batch], units: float) -> dict[str, Tensor]:
+    def _backward(self, batches: list[Batch], units: float, task: Task) -> dict[str, Tensor]:
         """Forward and backward pass of each micro-batch; the sums of this rank's loss terms."""
         sums: dict[str, Tensor] = {}
         for batch in batches:
             with autocast(self.train, self.device):
-                terms = self.task.losses(self.forward_model, batch)
+                terms = task.losses(self.forward_model, batch)
             total = torch.stack(list(terms.values())).sum()
             (total * (self._scale / units)).backward()  # type: ignore[no-untyped-call]
             for name, term in terms.items():

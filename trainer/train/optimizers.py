@@ -1,28 +1,40 @@
 """Optimizers: each is build(named_parameters, train) -> torch.optim.Optimizer.
 
-To add one, write such a function in a file of its own and enter it in `trainer.plugins.OPTIMIZERS`. Weight decay is for
-matrices only. The peak rate of each parameter group is kept as `initial_lr`; the schedule multiplies it.
+To add one, write such a function in a file of its own and enter it in `trainer.plugins.OPTIMIZERS`. Weight decay is
+decoupled and for matrices only. The peak rate of each parameter group is kept as `initial_lr`; the schedule multiplies it.
 """
 
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer import plugins
 from trainer.config import Train
+from trainer.train import rates
 
 Named = Iterable[tuple[str, nn.Parameter]]
 
 
 def build(model: nn.Module, train: Train) -> torch.optim.Optimizer:
-    """The optimizer that `train.optimizer` names, for the trainable parameters of a model."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    """The optimizer that `train.optimizer` names, for the trainable parameters of a model.
+
+    Parameters to which `train.groups` gives a rate of 0 are frozen in the model, and left out.
+
+    Raises:
+        ConfigError: `train.groups` or `train.layer_decay` does not fit the model, or a library is missing.
+    """
+    everything = list(model.named_parameters())
+    found = rates.settings([name for name, _ in everything], train)
+    rates.freeze(model, found)
+    named = [(name, parameter) for name, parameter in everything if parameter.requires_grad]
     optimizer: torch.optim.Optimizer = plugins.load(plugins.OPTIMIZERS[train.optimizer])(named, train)
+    rates.divide(optimizer, {parameter: found[name] for name, parameter in named})
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     return optimizer
@@ -61,6 +73,38 @@ class _AdamW(_WithoutCompiler, torch.optim.AdamW):
     pass
 
 
+class _Adafactor(_WithoutCompiler, torch.optim.Adafactor):
+    pass
+
+
+class Own(torch.optim.Optimizer, ABC):
+    """An optimizer of ours: `update` is called for each parameter group, with the parameters that have a gradient."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                self.update(group, parameters)
+
+    @abstractmethod
+    def update(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+        """Change the parameters of a group, all of which have gradients, and their state."""
+
+    def buffers(self, parameters: list[nn.Parameter], name: str) -> list[Tensor]:
+        """The state `name` of each parameter, zero at first: of the parameter's shape, and sharded as it is."""
+        for parameter in parameters:
+            if name not in self.state[parameter]:
+                self.state[parameter][name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return [self.state[parameter][name] for parameter in parameters]
+
+
+def local(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    """This rank's shard of each tensor (a view of it), for what works element by element."""
+    return [getattr(tensor, "_local_tensor", tensor) for tensor in tensors if tensor is not None]
+
+
 def sgd(named: Named, train: Train) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum where `train.momentum` is not 0."""
     parts = groups(named, train.weight_decay)
@@ -77,3 +121,12 @@ def adamw(named: Named, train: Train) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019): decoupled weight decay."""
     parts = groups(named, train.weight_decay)
     return _AdamW(parts, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
+
+
+def adafactor(named: Named, train: Train) -> torch.optim.Optimizer:
+    """Adafactor (Shazeer and Stern 2018): row and column means in place of the second moment, no first moment.
+
+    The step is relative to the size of a parameter: `train.lr`, at most 1 / sqrt(step), times the root mean square of its
+    values. The decay of the second moment is 1 - step^-0.8; `train.betas` and `train.eps` are not used.
+    """
+    return _Adafactor(groups(named, train.weight_decay), lr=train.lr, foreach=True)

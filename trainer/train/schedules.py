@@ -1,4 +1,4 @@
-"""Shapes of the learning rate after warm-up.
+"""Shapes of the learning rate after warm-up, and chains of them.
 
 Each is scale(progress, train) -> factor of the peak rate, for progress in 0..1 of the steps after the warm-up. To add
 one, write such a function and enter it in `trainer.plugins.SCHEDULES`.
@@ -60,8 +60,32 @@ def warmup_steps(train: Train, total: int) -> int:
 
 def factor(step: int, total: int, train: Train) -> float:
     """Factor of the peak rate for the optimizer step number `step` (from 0) of `total`."""
+    if train.phases:
+        return _phased(step, total, train)
     warmup = warmup_steps(train, total)
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
     return float(plugins.load(plugins.SCHEDULES[train.schedule])(min(progress, 1.0), train))
+
+
+def phase_ends(train: Train, total: int) -> list[int]:
+    """The step at which each of `train.phases` is over; the last takes what is left of `total`."""
+    ends: list[int] = []
+    for phase in train.phases[:-1]:
+        length = phase.steps * total if phase.steps < 1.0 else phase.steps
+        ends.append(min((ends[-1] if ends else 0) + round(length), total))
+    return [*ends, total]
+
+
+def _phased(step: int, total: int, train: Train) -> float:
+    """The factor in the phase that a step belongs to: as torch's SequentialLR, the first step of a phase is at its start."""
+    ends = phase_ends(train, total)
+    index = next((i for i, end in enumerate(ends) if step < end), len(ends) - 1)
+    phase, begin, end = train.phases[index], [0, *ends][index], ends[index]
+    progress = min((step - begin) / max(1, end - begin), 1.0)
+    if phase.schedule == "exponential":
+        # From one factor to the other by a constant ratio; `gamma` is the whole schedule's.
+        return float(phase.start * (phase.end / phase.start) ** progress)
+    shape = plugins.load(plugins.SCHEDULES[phase.schedule])(progress, train.model_copy(update={"min_lr_ratio": 0.0}))
+    return float(phase.end + (phase.start - phase.end) * shape)
