@@ -58,6 +58,7 @@ def build_parser() -> Parser:
     _add_stage(command)
     _add_preset(command)
     _add_predict(command)
+    _add_lr_find(command)
     _add_registry(command)
     _add_report(command)
     _add_config(command)
@@ -173,6 +174,25 @@ def _add_predict(command: Command) -> None:
     sub.add_argument("--batch-size", metavar="N", type=_count, default=64, help="inputs at once (default: 64)")
 
 
+def _add_lr_find(command: Command) -> None:
+    sub = command("lr-find", "find a learning rate: train for a moment on rates that grow (LR range test)", "lr_find")
+    for flag, kind, default, help in (
+        ("start-lr", float, 1e-6, "rate of the first step"),
+        ("end-lr", float, 1.0, "rate of the last step"),
+        ("num-iter", _count, 100, "steps"),
+        ("smoothing", float, 0.8, "share of its neighbour in each smoothed loss, from 0 to below 1"),
+        ("divergence", float, 4.0, "end when the loss is this many times the lowest one"),
+    ):
+        sub.add_argument(f"--{flag}", metavar="N", type=kind, default=default, help=f"{help} (default: {default})")
+    sub.add_argument("--dataset", metavar="DIR", default="out/dataset", help="dataset folder (default: out/dataset)")
+    sub.add_argument(
+        "-o", "--output", metavar="FILE", default="out/lr-find.html", help="page to write (default: out/lr-find.html)"
+    )
+    sub.add_argument(
+        "overrides", metavar="section.key=value", nargs="*", default=[], help="set a parameter; params.yaml is kept"
+    )
+
+
 def _add_registry(command: Command) -> None:
     sub = command("registry", "list, show, roll back or promote models", "registry")
     sub.add_argument(
@@ -254,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(words)
     from trainer.__main__ import exit_status
 
-    modules = {**cli_kfp.COMMANDS, "render": cli_render.MODULE}
+    modules = {**cli_kfp.COMMANDS, "render": cli_render.MODULE, "lr_find": "pipelines.commands_lr"}
     module = modules.get(args.handler, "pipelines.commands")
     handler: Callable[[argparse.Namespace], int] = getattr(importlib.import_module(module), args.handler)
     return exit_status(lambda: handler(args))
