@@ -103,6 +103,13 @@ class DivergedError(MillraceError):
     exit_code = EXIT_DIVERGED
 
 
+class OutOfMemory(MillraceError):
+    """Memory was too short where ranks could not agree on taking less; another attempt begins with less."""
+
+    # As the system's own killer has it: worth another try.
+    exit_code = 128 + 9
+
+
 class GateRefused(MillraceError):
     """The promotion gate refused the candidate; the message is its reason, `metrics` the figures it went by."""
 

@@ -31,7 +31,7 @@ SPEC, RESULT, FAILURES, ERRORS, ARRIVALS = "spec.json", "result.json", "failures
 TRACEBACK, UNANSWERED = "traceback", arrivals.Unanswered.__name__
 # Kinds that tell of another node's end, or of an order from outside, not of a fault here.
 FROM_OUTSIDE = (UNANSWERED, arrivals.PeerLost.__name__, Preempted.__name__)
-TRANSIENT = (TRACEBACK, *FROM_OUTSIDE)
+TRANSIENT = (TRACEBACK, errors.OutOfMemory.__name__, *FROM_OUTSIDE)
 # In place of a rank, where torchrun itself has an error.
 AGENT = -1
 

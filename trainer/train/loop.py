@@ -26,6 +26,7 @@ from trainer.train import inject, optimizers, schedules
 from trainer.train.checkpoint import Checkpoints
 from trainer.train.device import autocast
 from trainer.train.guard import Guard
+from trainer.train.memory import Again, Memory
 from trainer.train.preempt import Interrupted, Preemption
 from trainer.train.sophia import Sampled, Sophia
 from trainer.train.state import Progress, rng_state, set_rng_state
@@ -65,6 +66,7 @@ class Loop:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.progress = Progress()
         self.guard = Guard(self.train, model, self.optimizer, ranks, what)
+        self.memory = Memory(self.train, model, self.optimizer, ranks, device, checkpoints.folder, what)
         self.best: dict[str, Tensor] = {}
         self._set_block(self.train.batch_size * self.train.accumulation * ranks.size)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
@@ -88,18 +90,23 @@ class Loop:
             rows, least = self.task.num_examples("train"), self.train.min_steps
             why = f"{rows:,} rows are few, and train.min_steps is {least}"
             log.say(f"{self.what}: {self._more_epochs} epochs instead of {self.train.epochs}: {why}")
+        self.memory.recall(self.progress)
         with self._shown:
             while True:
                 if self._evaluation_due():
                     self._evaluate()
                 if self.progress.step >= self.total or self.progress.stopped:
                     return self.guard.at_end(self.progress)
-                self._step()
+                try:
+                    self._step()
+                except Again:
+                    continue
                 self._after_step()
 
     def _step(self) -> None:
         """One optimizer step."""
         now = self.progress
+        now.block = self.block
         self.guard.begin(now)
         with self.watch.part("data"):
             batches, used = self._fetch()
@@ -146,7 +153,7 @@ class Loop:
             rng = np.random.default_rng([self.train.seed, now.epoch])
             self._order = (now.epoch, self.task.order("train", rng, self.block))
         index = self._order[1][now.offset : now.offset + self.block]
-        size = self.train.batch_size
+        size = self.memory.micro_batch(now)
         batches = []
         for start in range(self.ranks.rank * size, len(index), self.ranks.size * size):
             batch = self.task.batch("train", index[start : start + size])
@@ -168,11 +175,19 @@ class Loop:
         Returns:
             The step's loss per unit and the gradient's norm (NaN where the loss is not finite), over all ranks; this
             rank's loss terms.
+
+        Raises:
+            Again: a rank had too little memory; all will take less at a time.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        terms = self._backward(batches, units, task)
-        mine = torch.stack(list(terms.values())).sum() if terms else torch.zeros((), dtype=torch.float64)
-        loss = self.ranks.sum(mine.cpu()).item() / units
+        terms = self.memory.attempt(lambda: self._backward(batches, units, task))
+        mine = [float(torch.stack(list(terms.values())).sum()) if terms else 0.0, terms is None]
+        total, short = self.ranks.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
+        if terms is None or short:
+            self.guard.undo()
+            self.memory.adapt(self.progress)
+            raise Again
+        loss = total / units
         if not math.isfinite(loss):
             return loss, math.nan, terms
         self.ranks.sum_gradients(self.parameters)
@@ -218,7 +233,8 @@ class Loop:
         rate = schedules.factor(now.step, self.total, self.train) * now.lr_scale
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
-        self.optimizer.step()
+        with self.memory.alone(now, self.memory.adapt_update):
+            self.optimizer.step()
         self.ranks.same_buffers(self.model)
         if self.train.precision == "fp16" and now.scale_steps >= GROW_EVERY:
             now.scale, now.scale_steps = now.scale * 2, 0
@@ -273,16 +289,19 @@ class Loop:
 
     def _measure(self) -> dict[str, float]:
         """Metrics of the validation split: each rank takes a share of the batches; SIGTERM ends it."""
-        total: list[float] = []
+        now, shard, poll = self.progress, (self.ranks.rank, self.ranks.size), self.preemption.poll
+        size, total = self.memory.evaluation_batch(now), None
         try:
-            shard = (self.ranks.rank, self.ranks.size)
-            total = self.task.total(self.model, "val", shard=shard, poll=self.preemption.poll).tolist()
+            total = self.memory.attempt(lambda: self.task.total(self.model, "val", size, shard, poll).tolist())
         except Interrupted:
             pass
         parts = self.ranks.gather((total, self.preemption.asked))
         if any(asked for _, asked in parts):
             # The checkpoint says that this step is not evaluated: the resumed run does that first.
             self._preempt()
+        if any(part is None for part, _ in parts):
+            self.memory.adapt_evaluation(now)
+            return self._measure()
         tallies = [torch.tensor(part, dtype=torch.float64) for part, _ in parts if part]
         return self.task.summarise("val", torch.stack(tallies).sum(0))
 

@@ -34,6 +34,7 @@ class Progress:
         skipped: steps left out because something was not finite.
         rollbacks: times the run went back to the last good weights.
         lr_scale: factor of the rate, from the rollbacks.
+        memory: what was learnt from a shortage, see `trainer.train.memory`: examples of a micro-batch and the like.
         history: rows as they stand in history.jsonl.
     """
 
@@ -55,6 +56,7 @@ class Progress:
     skipped: int = 0
     rollbacks: int = 0
     lr_scale: float = 1.0
+    memory: dict[str, int] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
 

@@ -1,0 +1,79 @@
+"""A fault on one of two ranks: neither hangs, both decide alike, and weights stay equal. All cases share one group."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests.parallel.fault_ranks import CASES
+
+pytestmark = pytest.mark.parallel
+
+DEADLINE = 180.0
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    place = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    try:
+        for rank in range(2):
+            meeting = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            command = [sys.executable, "-m", "tests.parallel.fault_ranks", str(place)]
+            ranks.append(subprocess.Popen(command, env={**os.environ, **meeting}, start_new_session=True))
+        assert [rank.wait(DEADLINE) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(rank.pid, signal.SIGKILL)
+            rank.wait()
+    return [json.loads((place / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_ranks_come_to_the_same(outcomes, case):
+    assert outcomes[0][case] == outcomes[1][case]
+
+
+@pytest.mark.parametrize("case", ["memory of one rank", "memory of both ranks"])
+def test_a_step_begun_again_is_the_same_step(outcomes, case):
+    found = outcomes[0][case]
+    assert found["losses"] == pytest.approx(outcomes[0]["undisturbed"]["losses"], abs=1e-6)
+    assert [event.split(": ")[1][:22] for event in found["events"]] == [
+        "micro-batches of 2 ins",
+        "micro-batches of 1 ins",
+    ]
+
+
+def test_no_memory_at_all_ends_both(outcomes):
+    assert "too little for step 3, with micro-batches of 1" in outcomes[1]["no memory at all"]["error"]
+
+
+def test_the_rank_and_the_parameter_at_fault_are_named_on_both(outcomes):
+    assert "step 5 of 10: loss nan is not finite, in term injected on rank 1" in outcomes[0]["stop"]["error"]
+    assert "gradient norm nan is not finite, first in " in outcomes[1]["stop at a gradient"]["error"]
+    for case in ("stop", "stop at a gradient"):
+        assert outcomes[0][case]["digests"] == outcomes[0]["undisturbed"]["digests"][:4]
+
+
+def test_a_refused_step_changes_no_weight_on_any_rank(outcomes):
+    skip, rollback = outcomes[1]["skip"]["digests"], outcomes[1]["rollback"]["digests"]
+    assert skip[4] == skip[3] != skip[5]
+    assert rollback[5] == rollback[3] != rollback[4]
+    assert len(set(rollback)) == len(rollback) - 1
+
+
+def test_an_evaluation_in_smaller_batches_is_the_same(outcomes):
+    found = outcomes[0]["evaluation"]
+    assert found["metrics"] == pytest.approx(outcomes[0]["undisturbed"]["metrics"], abs=1e-6)
+    assert found["events"][-1].endswith("evaluations in batches of 4 instead of 8")
