@@ -145,7 +145,7 @@ def find(params: Params, dataset: Dataset, tried: Range) -> Found:
         **_OFF,
         "lr": peak,
         "muon_lr": peak * ratio,
-        "phases": [{"schedule": "exponential", "steps": count, "start": tried.start_lr / peak, "end": 1.0}],
+        "phases": [{"schedule": "exponential", "start": tried.start_lr / peak, "end": 1.0}],
         "max_steps": count,
         "accumulation": train.accumulation * train.processes,
     }
