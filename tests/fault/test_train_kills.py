@@ -27,7 +27,7 @@ WORDS = [
 ]  # fmt: skip
 
 
-def child(dataset: str, scratch: str | None, result: str, log: str, step: int, number: int) -> None:
+def child(dataset: str, scratch: str | None, result: str, log: str, step: int, number: int, background: bool) -> None:
     """Train, send oneself a signal after a step, and write the history's bits and the weights' digest."""
     import hashlib
     from pathlib import Path
@@ -41,7 +41,7 @@ def child(dataset: str, scratch: str | None, result: str, log: str, step: int, n
 
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     checkpoint.SHARE = 1e9  # every checkpoint that may be written is: how long a save takes must not matter
-    params = load(None, WORDS)
+    params = load(None, [*WORDS, f"train.checkpoint_async={background}".lower()])
     data = Dataset(dataset)
     seed_all(0)
     model = models.build(params.model, data.spec)
@@ -67,10 +67,18 @@ def run():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "trainer.train.fit", "trainer.tasks.classify", "trainer.models.encoder"])
 
-    def run(dataset, scratch, result, step=-1, number=signal.SIGKILL):
+    def run(dataset, scratch, result, step=-1, number=signal.SIGKILL, background=True):
         """Exit status of a child, and what it said."""
         log = result.with_suffix(".log")
-        arguments = (str(dataset), str(scratch) if scratch else None, str(result), str(log), step, int(number))
+        arguments = (
+            str(dataset),
+            str(scratch) if scratch else None,
+            str(result),
+            str(log),
+            step,
+            int(number),
+            background,
+        )
         process = context.Process(target=child, args=arguments)
         process.start()
         try:
@@ -96,23 +104,30 @@ def undisturbed(dataset, run, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "seed"),
-    [(signal.SIGKILL, -signal.SIGKILL, 1), (signal.SIGTERM, 143, 2), (signal.SIGTERM, 143, 3)],
-)
-def test_killed_at_random_steps_it_ends_with_the_same_bits(number, code, seed, dataset, undisturbed, run, tmp_path):
+    ("number", "code", "seed", "background"),
+    [
+        (signal.SIGKILL, -signal.SIGKILL, 1, False), (signal.SIGKILL, -signal.SIGKILL, 4, True),
+        (signal.SIGTERM, 143, 2, True), (signal.SIGTERM, 143, 3, False),
+    ],
+)  # fmt: skip
+def test_killed_at_random_steps_it_ends_with_the_same_bits(
+    number, code, seed, background, dataset, undisturbed, run, tmp_path
+):
     steps = sorted(random.Random(seed).sample(range(11, STEPS), 3))
     print(f"seed {seed}: steps {steps}")
     resumed = []
     for step in steps:
-        status, said = run(dataset, tmp_path / "scratch", tmp_path / "killed.json", step, number)
+        status, said = run(dataset, tmp_path / "scratch", tmp_path / "killed.json", step, number, background)
         assert status == code, said
         resumed.append("resuming from checkpoint" in said)
-    assert resumed == [False, True, True]
+    # A kill also loses what is being written in the background: how much that is depends on the machine.
+    exact = number == signal.SIGTERM or not background
+    assert resumed == [False, True, True] or not exact
     status, said = run(dataset, tmp_path / "scratch", tmp_path / "result.json")
     assert status == 0, said
     # SIGKILL loses the steps since the last checkpoint, SIGTERM none.
     last = steps[-1] if number == signal.SIGTERM else (steps[-1] - 1) // 10 * 10
-    assert f"resuming from checkpoint step-{last:09d}" in said
+    assert f"resuming from checkpoint step-{last:09d}" in said or not exact
     assert json.loads((tmp_path / "result.json").read_text()) == undisturbed
     assert not (tmp_path / "killed.json").exists()
 

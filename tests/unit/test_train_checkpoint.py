@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import pickletools
 import random
 import shutil
+import time
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import torch
 from trainer.artifacts import manifest
 from trainer.errors import ArtifactError, StorageError
 from trainer.parallel.group import Ranks
-from trainer.train import checkpoint, dcp
+from trainer.train import dcp, retention
 from trainer.train.checkpoint import Checkpoints
 from trainer.train.state import rng_state
 
@@ -30,7 +32,7 @@ def store(folder, keep=2, identity="run") -> Checkpoints:
 
 def save(folder, *steps, keep=2) -> None:
     for step in steps:
-        store(folder, keep).save(step, tree(step), rng_state(torch.device("cpu")))
+        store(folder, keep).save(step, tree(step), rng_state(torch.device("cpu")), durable=True)
 
 
 def loaded_step(folder, **given) -> int | None:
@@ -46,7 +48,8 @@ def loaded_step(folder, **given) -> int | None:
 
 
 def names(folder) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """What is in a folder, but for what was put aside."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("bad-"))
 
 
 def test_newest_is_loaded_and_older_ones_beyond_the_limit_go(tmp_path):
@@ -129,28 +132,60 @@ def craft(place, trap, *, sealed: bool) -> None:
     if sealed:
         meta = manifest.read(place, verify=False).meta
         (place / "manifest.json").unlink()
-        manifest.seal(place, checkpoint.KIND, meta, {})
+        manifest.seal(place, retention.KIND, meta, {})
 
 
 @pytest.mark.parametrize("sealed", [False, True])
 def test_a_crafted_pickle_is_never_executed(sealed, tmp_path, capsys):
     save(tmp_path, 10, 20)
     trap = tmp_path / "trap"
-    # Whoever can forge the manifest too is stopped by the unpickler.
     craft(tmp_path / "step-000000020", trap, sealed=sealed)
-    assert loaded_step(tmp_path) == 10
-    assert ("exec" if sealed else "step-000000020") in capsys.readouterr().out
+    if sealed:
+        # Whoever can forge the manifest too is stopped by the unpickler.
+        with pytest.raises(ArtifactError, match="exec, which DCP does not write"):
+            loaded_step(tmp_path)
+    else:
+        assert loaded_step(tmp_path) == 10
+        assert "step-000000020" in capsys.readouterr().out
     assert not trap.exists()
 
 
-def test_sealed_metadata_that_is_no_pickle_is_passed_over(tmp_path):
+def test_one_that_is_whole_but_cannot_be_read_ends_the_run_and_stays(tmp_path):
     save(tmp_path, 10, 20)
     place = tmp_path / "step-000000020"
     meta = manifest.read(place).meta
     (place / ".metadata").write_bytes(b"\x80\x04nothing")
     (place / "manifest.json").unlink()
-    manifest.seal(place, checkpoint.KIND, meta, {})
-    assert loaded_step(tmp_path) == 10
+    manifest.seal(place, retention.KIND, meta, {})
+    with pytest.raises(ArtifactError, match=r"step-000000020: is whole, but cannot be read: UnpicklingError"):
+        loaded_step(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000010", "step-000000020"]
+
+
+def test_one_of_a_newer_version_ends_the_run_and_stays(tmp_path, monkeypatch):
+    save(tmp_path, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "FORMAT", manifest.FORMAT + 1)
+        save(tmp_path, 20)
+    with pytest.raises(ArtifactError, match="format 2"):
+        loaded_step(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000010", "step-000000020"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="taking permissions away from oneself takes root")
+@pytest.mark.parametrize("path", ["step-000000020/state.json", "step-000000020", "."])
+def test_what_may_not_be_read_is_neither_corrupted_nor_put_aside(path, tmp_path):
+    save(tmp_path, 10, 20)
+    for folder in (tmp_path, *tmp_path.parents):
+        folder.chmod(folder.stat().st_mode | 0o755)
+    (tmp_path / path).chmod(0o000)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(StorageError, match="Permission denied"):
+            loaded_step(tmp_path)
+    finally:
+        os.seteuid(0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000010", "step-000000020"]
 
 
 DCP = "torch.distributed.checkpoint.metadata"
@@ -163,7 +198,7 @@ DCP = "torch.distributed.checkpoint.metadata"
 )  # fmt: skip
 def test_the_unpickler_knows_only_what_dcp_writes(module, name):
     crafted = b"c" + module.encode() + b"\n" + name.encode() + b"\n."
-    with pytest.raises(ArtifactError, match="does not write"):
+    with pytest.raises(pickle.UnpicklingError, match="does not write"):
         dcp._Unpickler(io.BytesIO(crafted)).load()
 
 
@@ -181,7 +216,7 @@ def test_members_of_enums_are_read_as_python_3_11_0_to_3_11_3_write_them():
     ("kind", "name"), [("Metadata", "__init__"), ("_MEM_FORMAT_ENCODING", "__class__"), ("_MEM_FORMAT_ENCODING", "mro")]
 )
 def test_no_other_attribute_is_taken(kind, name):
-    with pytest.raises((ArtifactError, LookupError)):
+    with pytest.raises((pickle.UnpicklingError, LookupError)):
         dcp._Unpickler(io.BytesIO(taken(kind, name))).load()
 
 
@@ -213,7 +248,7 @@ def test_full_or_closed_disk_is_a_storage_error_and_leaves_the_older_one(tmp_pat
 def test_saves_are_held_back_to_a_share_of_the_time(tmp_path):
     kept = store(tmp_path)
     assert kept.due()
-    kept.save(10, tree(10), {})
+    kept.save(10, tree(10), {}, durable=True)
     assert not kept.due()
     kept._last_end -= 1000.0
     assert kept.due()
@@ -222,7 +257,40 @@ def test_saves_are_held_back_to_a_share_of_the_time(tmp_path):
 
 def test_the_same_step_is_not_written_twice(tmp_path):
     kept = store(tmp_path)
-    kept.save(10, tree(10), {})
+    kept.save(10, tree(10), {}, durable=True)
     before = (tmp_path / "step-000000010" / "manifest.json").stat().st_ino
-    kept.save(10, tree(10), {})
+    kept.save(10, tree(10), {}, durable=True)
     assert (tmp_path / "step-000000010" / "manifest.json").stat().st_ino == before
+
+
+def test_the_best_stays_beside_the_newest(tmp_path):
+    kept = store(tmp_path, keep=1)
+    for step, best in ((10, True), (20, False), (30, True), (40, False), (50, False)):
+        kept.save(step, tree(step), {}, durable=True, best=best)
+    assert names(tmp_path) == ["step-000000030", "step-000000050"]
+
+
+def test_what_was_put_aside_goes_with_a_good_save_but_not_at_once(tmp_path):
+    save(tmp_path, 10, 20)
+    (tmp_path / "step-000000020" / "state.json").write_text("{}")
+    assert loaded_step(tmp_path) == 10
+    (bad,) = tmp_path.glob("bad-step-000000020.*")
+    save(tmp_path, 30)
+    assert bad.exists()
+    bad.rename(bad.with_suffix(f".{int(time.time() - retention.ASIDE_S - 1)}"))
+    assert loaded_step(tmp_path) == 30
+    assert list(tmp_path.glob("bad-*"))
+    save(tmp_path, 40)
+    assert not list(tmp_path.glob("bad-*"))
+
+
+def test_removal_happens_under_another_name(tmp_path, monkeypatch):
+    save(tmp_path, 10, 20)
+    seen = []
+    monkeypatch.setattr(retention.storage, "remove", lambda path: seen.append(path.name))
+    retention.prune(tmp_path, 1, False)
+    assert names(tmp_path)[1:] == ["step-000000020"]
+    assert [name.startswith(".old-step-000000010-") for name in seen] == [True, True]
+    monkeypatch.undo()
+    assert loaded_step(tmp_path) == 20
+    assert names(tmp_path) == ["step-000000020"]

@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable
+import stat
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,6 +23,11 @@ from trainer.errors import ArtifactError
 from trainer.storage import MANIFEST, explained, sync_folder, write_atomic
 
 FORMAT = 1
+REBUILD = "run the stage that makes it again"
+
+
+class OtherFormat(ArtifactError):
+    """An intact manifest of another version."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,14 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def make_durable(path: Path) -> str:
+    """Wait until a file's content is on the disk; its hex sha256."""
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+    return sha256
+
+
 def canonical(value: Any) -> bytes:
     """JSON with sorted keys and no spaces: the same value gives the same bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
@@ -66,7 +80,12 @@ def _serialise(body: dict[str, Any]) -> bytes:
 
 
 def seal(
-    folder: Path, kind: str, meta: dict[str, Any], record: dict[str, Any], volatile: Collection[str] = ()
+    folder: Path,
+    kind: str,
+    meta: dict[str, Any],
+    record: dict[str, Any],
+    volatile: Collection[str] = (),
+    known: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Write the manifest of a folder whose files are complete, and make all of it durable.
 
@@ -76,6 +95,7 @@ def seal(
         meta: facts about the content that are the same in every run with the same inputs.
         record: facts about this run.
         volatile: relative paths of files whose content may differ between such runs.
+        known: sha256 of files, by relative path, that their writers have made durable themselves.
     """
     files = []
     folders = {folder}
@@ -85,10 +105,8 @@ def seal(
         if path.is_dir():
             folders.add(path)
         elif path.name != MANIFEST or path.parent != folder:
-            with open(path, "rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-                os.fsync(file.fileno())
             name = path.relative_to(folder).as_posix()
+            sha256 = (known or {}).get(name) or make_durable(path)
             files.append(File(name, path.stat().st_size, sha256, name in volatile))
     body = {
         "format": FORMAT,
@@ -110,14 +128,23 @@ def read(folder: str | Path, kind: str = "", *, verify: bool = True) -> Manifest
 
     Raises:
         ArtifactError: no manifest, not ours, of another kind, altered, or a file is missing, surplus or altered.
+        StorageError: a file is there but cannot be read.
     """
     folder = Path(folder)
     path = folder / MANIFEST
-    rebuild = "run the stage that makes it again"
     with explained(path):
-        if not path.is_file() or path.is_symlink():
-            raise ArtifactError(f"{folder}: not a complete artifact (no {MANIFEST})", rebuild)
+        if not _is_plain(path):
+            raise ArtifactError(f"{folder}: not a complete artifact (no {MANIFEST})", REBUILD)
         content = path.read_bytes()
+    manifest = parse(content, str(folder), kind)
+    if verify:
+        _verify(folder, manifest)
+    return manifest
+
+
+def parse(content: bytes, folder: str, kind: str = "") -> Manifest:
+    """Check the content of a manifest, as `read` does; `folder` is what messages call the place where it was read."""
+    path = f"{folder}/{MANIFEST}"
     try:
         body = json.loads(content)
         # The same JSON can be written in other bytes (1E5 for 1e5): those were not written by us.
@@ -129,32 +156,38 @@ def read(folder: str | Path, kind: str = "", *, verify: bool = True) -> Manifest
         )
         found_format = body["format"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ArtifactError(f"{path}: corrupted, not a manifest", rebuild) from None
+        raise ArtifactError(f"{path}: corrupted, not a manifest", REBUILD) from None
     if not intact:
-        raise ArtifactError(f"{path}: corrupted, its content does not match its seal", rebuild)
+        raise ArtifactError(f"{path}: corrupted, its content does not match its seal", REBUILD)
     if found_format != FORMAT:
-        raise ArtifactError(f"{path}: format {found_format}, this version reads {FORMAT}", rebuild)
+        raise OtherFormat(f"{path}: format {found_format}, this version reads {FORMAT}", REBUILD)
     if kind and manifest.kind != kind:
         raise ArtifactError(f"{folder}: holds a {manifest.kind}, a {kind} is needed", "pass the right folder")
-    if verify:
-        _verify(folder, manifest, rebuild)
     return manifest
 
 
-def _verify(folder: Path, manifest: Manifest, rebuild: str) -> None:
+def _verify(folder: Path, manifest: Manifest) -> None:
     for file in manifest.files:
         path = safe_path(folder, file.path)
-        if not path.is_file() or path.is_symlink():
-            raise ArtifactError(f"{path}: missing", rebuild)
         with explained(path):
+            if not _is_plain(path):
+                raise ArtifactError(f"{path}: missing", REBUILD)
             if path.stat().st_size != file.bytes or sha256_file(path) != file.sha256:
-                raise ArtifactError(f"{path}: corrupted, its content does not match its digest", rebuild)
+                raise ArtifactError(f"{path}: corrupted, its content does not match its digest", REBUILD)
     if _digest(manifest.kind, manifest.meta, manifest.files) != manifest.digest:
-        raise ArtifactError(f"{folder}: corrupted, its digest does not match its files", rebuild)
+        raise ArtifactError(f"{folder}: corrupted, its digest does not match its files", REBUILD)
     known = {file.path for file in manifest.files} | {MANIFEST}
     for path in folder.rglob("*"):
         if (path.is_symlink() or not path.is_dir()) and path.relative_to(folder).as_posix() not in known:
-            raise ArtifactError(f"{path}: not in the manifest", f"remove it, or {rebuild}")
+            raise ArtifactError(f"{path}: not in the manifest", f"remove it, or {REBUILD}")
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether a file, not a link, is there; what cannot be told (no permission, a broken disk) is an OSError."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def safe_path(folder: Path, name: str) -> Path:

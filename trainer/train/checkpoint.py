@@ -1,209 +1,358 @@
 """Checkpoints of a run: torch DCP shards under our manifest, complete or not there at all.
 
-    SCRATCH/step-000000100/{__0_0.distcp, .metadata, state.json, rng-0000.json, manifest.json}
+    SCRATCH/step-000000100/{__0_0.distcp, .metadata, state.json, rng-0000.json, model.json, tokenizer.json,
+                            manifest.json}
 
-A checkpoint is written to a temporary folder, sealed with the sha256 of each file, made durable and renamed. When one
-is read, the digests are checked first: DCP itself checks no bytes, and its `.metadata` is a pickle. That pickle is
-read by an unpickler that knows DCP's own classes only. What does not pass is reported, put aside as `bad-…` and
-passed over for the one before it.
+Training stops only for as long as it takes to copy its tensors to the host's memory. A thread then writes them to a
+temporary folder, makes them durable, seals them with the sha256 of each file and renames. Over several ranks each
+writes its own share, and the first one's thread finds the others' on the folder that all share: the threads use no
+collectives, which could come between those of training.
+
+When a checkpoint is read, the digests are checked first: DCP itself checks no bytes, and its `.metadata` is a pickle.
+That pickle is read by an unpickler that knows DCP's own classes only. What is damaged is reported, put aside as
+`bad-…` and passed over for the one before it.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor
 
 from trainer import log, storage
 from trainer.artifacts import manifest
 from trainer.errors import ArtifactError, MillraceError, StorageError
 from trainer.parallel.group import Ranks
+from trainer.train import retention
+from trainer.train.remote import Store
+from trainer.train.staging import Staging, join, local, split
+from trainer.train.writing import Writing
 
-KIND = "checkpoint"
+if TYPE_CHECKING:
+    from trainer.train.dcp import Like, Share
+
 STATE = "state.json"
-# Saving may take at most this share of the time; a preemption's save is exempt.
+# Saving may take at most this share of the time; durable saves are exempt.
 SHARE = 0.02
+# How long a copy to the store may hold up a process that was told to end, or one that is done.
+STORE_GRACE_S, STORE_END_S = 5.0, 600.0
+# How long a save in flight may hold up a process that ends by an error.
+GRACE_S = 5.0
 
 
 class Checkpoints:
-    """The checkpoints in a folder that all ranks see.
+    """The checkpoints in a folder that all ranks see. At the end of a `with` nothing of it is at work any more.
 
     Args:
         folder: the folder; None keeps nothing.
-        keep: complete checkpoints to keep.
+        keep: newest complete checkpoints to keep.
         ranks: the ranks that save and load together.
         identity: what the run is; a checkpoint of another run is passed over.
+        keep_best: also keep the one of the best score.
+        asynchronous: write in the background, from a copy.
+        store: URI under which complete ones are copied; empty copies none.
+        files: files for each checkpoint, by name: what `millrace checkpoint export` needs besides the tensors.
+        device: where the tensors are.
     """
 
-    def __init__(self, folder: Path | None, keep: int, ranks: Ranks, identity: str) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        keep: int,
+        ranks: Ranks,
+        identity: str,
+        *,
+        keep_best: bool = True,
+        asynchronous: bool = True,
+        store: str = "",
+        files: Mapping[str, bytes] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.folder, self.keep, self.ranks, self.identity = folder, keep, ranks, identity
+        self.keep_best, self.asynchronous, self.files = keep_best, asynchronous, dict(files or {})
+        self.device = device or torch.device("cpu")
+        self.store: Store | None = None
+        if store and folder and ranks.rank == 0:
+            self.store = Store(f"{store.rstrip('/')}/{folder.name}-{identity[:12]}", identity, keep, keep_best)
+        self.stop_s = 0.0
+        self._staging = Staging()
+        self._layout: Any = None
+        self._plans: list[Any] = [None] * ranks.size
+        self._share: Share | None = None
+        self._writing: Writing | None = None
         self._last_end = time.monotonic()
         self._last_cost = 0.0
         self._saved_step = -1
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # No collectives here: other ranks may be gone.
+        if self._writing:
+            self._writing.end(GRACE_S if error else None)
+        if self.store:
+            self.store.wait(STORE_GRACE_S if error else STORE_END_S)
+
+    # -- saving -----------------------------------------------------------------------------------------------------
+
     def due(self) -> bool:
-        """Whether enough time has passed that a save costs little; the same answer on every rank."""
+        """Whether a save would cost little now: the last one is done, and long enough ago. The same on every rank."""
         if self.folder is None:
             return False
-        return bool(self.ranks.from_first(time.monotonic() - self._last_end >= self._last_cost / SHARE))
+        cost = self._last_cost
+        if self._writing and self.device.type == "cpu":
+            cost += self._writing.cpu_s  # the thread takes it from training, on cores that both have
+        idle = not (self._writing and self._writing.busy())
+        return bool(self.ranks.from_first(idle and time.monotonic() - self._last_end >= cost / SHARE))
 
-    def save(self, step: int, tree: dict[str, Any], rng: dict[str, Any]) -> None:
-        """Write a durable checkpoint, and remove those beyond `keep`.
+    @property
+    def failed(self) -> bool:
+        """Whether the save in flight has failed on this rank; when it has on any, all are to call `settle`."""
+        return self._writing is not None and self._writing.problem is not None
+
+    def save(
+        self,
+        step: int,
+        tree: dict[str, Any],
+        rng: dict[str, Any],
+        *,
+        durable: bool = False,
+        best: bool = False,
+        score: Mapping[str, float] | None = None,
+    ) -> None:
+        """Save the state as it is now; on all ranks together.
 
         Args:
             step: optimizer steps done; names the checkpoint.
-            tree: nested dicts and lists of tensors and JSON values, equal on every rank.
+            tree: nested dicts and lists of tensors and JSON values. Plain tensors are equal on every rank that has
+                them and are written once; of DTensors each rank writes its shard.
             rng: this rank's generators.
+            durable: come back when it is on the disk. Otherwise it is left out where one is still being written.
+            best: this step has the best score so far.
+            score: that score by its name, for people.
 
         Raises:
-            StorageError: it could not be written; older checkpoints are untouched.
+            StorageError: it, or the one before it, could not be written; older checkpoints are untouched.
         """
-        if self.folder is None or step == self._saved_step:
+        if self.folder is None:
             return
-        from trainer.train.dcp import save_tensors  # heavy: imported when first needed, and not part of a save's cost
-
+        if step == self._saved_step:
+            if durable:
+                self._settle_durably()
+            return
         start = time.monotonic()
-        target = self.folder / f"step-{step:09d}"
-        temporary = self.folder / f".tmp-{target.name}"
         plain, tensors = split(tree)
-        self._together(lambda: self._begin(temporary, plain, step))
-        rng_file = temporary / f"rng-{self.ranks.rank:04d}.json"
-        self._together(lambda: storage.write_atomic(rng_file, json.dumps(rng).encode()), anywhere=True)
-        save_tensors(temporary, tensors, self.ranks)
-        self._together(lambda: self._finish(temporary, target, step))
+        changed = self._new_plan(tensors)
+        busy = self._writing is not None and self._writing.busy()
+        # One exchange tells all that must be agreed on.
+        replies = self.ranks.gather((busy, self.failed, changed, f"{time.time_ns():x}"))
+        for rank, (_, _, plan, _) in enumerate(replies):
+            self._plans[rank] = plan or self._plans[rank]
+        if any(plan for _, _, plan, _ in replies):
+            self._share = None
+        if any(failed for _, failed, _, _ in replies):
+            self.settle()
+        if any(busy for busy, _, _, _ in replies):
+            if not durable:
+                return
+            self.settle()
+        target = retention.name_of(step)
+        self._writing = Writing(
+            step=step,
+            temporary=self.folder / f"{retention.UNFINISHED}{target}-{replies[0][3]}",
+            share=self._shared(),
+            held=self._held(tensors),
+            files=self._small_files(step, plain, rng),
+            meta={"identity": self.identity, "step": step},
+            record={"time": time.time(), "best": best, "score": dict(score or {}), "ranks": self.ranks.size},
+            ranks=(self.ranks.rank, self.ranks.size),
+            device=self.device,
+            complete=self._complete,
+        )
+        self._writing.start()
         self._saved_step = step
+        self.stop_s = time.monotonic() - start
+        if durable:
+            self._settle_durably()
+        elif not self.asynchronous:
+            self.settle()
         self._last_end = time.monotonic()
         self._last_cost = self._last_end - start
 
-    def load(self) -> tuple[dict[str, Any], dict[str, Any] | None] | None:
-        """The newest checkpoint that passes all checks: its tree, and this rank's generators if it had them."""
+    def settle(self) -> None:
+        """Wait for the save in flight; on all ranks together.
+
+        Raises:
+            StorageError: it could not be written, on this rank or another.
+        """
+        writing = self._writing
+        if writing is None:
+            return
+        writing.wait_for_share()
+        problems = self._problems(writing)
+        if problems:
+            writing.end(0.0)
+        writing.end()
+        problems = problems or self._problems(writing)
+        self._writing = None
+        if problems:
+            self._saved_step = -1
+            if self.ranks.rank == 0:
+                storage.remove(writing.temporary)
+            message, hint = problems[0]
+            raise StorageError(f"checkpoint of step {writing.step}: {message}", hint)
+
+    def _problems(self, writing: Writing) -> list[tuple[str, str]]:
+        return [found for found in self.ranks.gather(writing.problem) if found]
+
+    def _settle_durably(self) -> None:
+        self.settle()
+        if self.store:
+            self.store.wait(STORE_GRACE_S)
+
+    def _new_plan(self, tensors: dict[str, Tensor]) -> Any:
+        """What this rank could write, if that differs from the last time, else None."""
+        layout = [(name, t.shape, t.dtype, getattr(t, "placements", None)) for name, t in tensors.items()]
+        if layout == self._layout:
+            return None
+        from trainer.train.dcp import Planner  # heavy: imported when first needed
+
+        self._layout = layout
+        return Planner().mine(tensors)
+
+    def _shared(self) -> Share:
+        if self._share is None:
+            from trainer.train.dcp import divide
+
+            self._share = divide(self._plans, self.ranks.rank)
+        return self._share
+
+    def _held(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.asynchronous:
+            return self._staging.copy(tensors)
+        return {name: local(tensor) for name, tensor in tensors.items()}
+
+    def _small_files(self, step: int, plain: Any, rng: dict[str, Any]) -> dict[str, bytes]:
+        files = {f"rng-{self.ranks.rank:04d}.json": json.dumps(rng).encode()}
+        if self.ranks.rank == 0:
+            content = {"step": step, "ranks": self.ranks.size, "tree": plain}
+            files |= {**self.files, STATE: json.dumps(content).encode()}
+        return files
+
+    def _complete(self, writing: Writing) -> None:
+        """What the thread of rank 0 does with a checkpoint that is whole: its name, its copy, and which others stay."""
+        assert self.folder is not None
+        target = self.folder / retention.name_of(writing.step)
+        if target.exists():
+            retention.put_aside(target, "a newer one takes its place")
+        writing.temporary.rename(target)
+        storage.sync_folder(self.folder)
+        if self.store:
+            self.store.offer(target)
+        spared = {target.name, *(self.store.busy_with() if self.store else ())}
+        retention.prune(self.folder, self.keep, self.keep_best, spared)
+
+    # -- loading ----------------------------------------------------------------------------------------------------
+
+    def load(self, like: Like | None = None) -> tuple[dict[str, Any], dict[str, Any] | None] | None:
+        """The newest checkpoint that is undamaged: its tree, and this rank's generators if it had them.
+
+        Args:
+            like: gives the tensor that each is read into, see `trainer.train.dcp.load_tensors`.
+
+        Raises:
+            ArtifactError: it is whole but cannot be read, which is no reason to take an older one.
+            StorageError: the folder or the store cannot be read.
+        """
         if self.folder is None:
             return None
-        while True:
-            found = self._newest() if self.ranks.rank == 0 else None
-            found = self.ranks.from_first(found)
-            if found is None:
-                return None
-            place, loaded, problem = self.folder / found, None, ""
+        found, problem = None, None
+        if self.ranks.rank == 0:
             try:
-                loaded = self._read(place)
+                with storage.explained(self.folder):
+                    found = self._newest()
             except MillraceError as error:
-                problem = error.message
-            # All ranks take the same one, or none does.
-            problems = list(filter(None, self.ranks.gather(problem)))
-            if loaded is not None and not problems:
-                break
-            if self.ranks.rank == 0:
-                _pass_over(place, problems[0])
+                problem = error
+        found = self._agreed(found, problem)[0]
+        if found is None:
+            return None
+        loaded, problem = None, None
+        try:
+            loaded = self._read(self.folder / found, like)
+        except MillraceError as error:
+            problem = error
+        self._agreed(None, problem)
+        assert loaded is not None
         if self.ranks.rank == 0:
             log.say(f"resuming from checkpoint {found}")
         self._saved_step = loaded[2]
         self._last_end = time.monotonic()
         return loaded[:2]
 
-    def _read(self, place: Path) -> tuple[dict[str, Any], dict[str, Any] | None, int]:
-        """Tree, generators and step of a checkpoint whose digests were checked."""
-        from trainer.train.dcp import load_tensors
-
-        plain = json.loads((place / STATE).read_bytes())
-        tree = join(plain["tree"], load_tensors(place))
-        rng = place / f"rng-{self.ranks.rank:04d}.json"
-        # Another number of ranks: the order of the data goes on, dropout starts anew.
-        same = plain["ranks"] == self.ranks.size and rng.is_file()
-        return tree, json.loads(rng.read_bytes()) if same else None, int(plain["step"])
+    def _agreed(self, value: Any, problem: MillraceError | None) -> list[Any]:
+        """The values of all ranks; an error of one is raised on every rank."""
+        told = problem and (isinstance(problem, ArtifactError), problem.message, problem.hint)
+        replies = self.ranks.gather((value, told))
+        for _, found in replies:
+            if found:
+                raise (ArtifactError if found[0] else StorageError)(found[1], found[2])
+        return [each for each, _ in replies]
 
     def _newest(self) -> str | None:
+        """Name of the newest undamaged checkpoint, here or in the store, whence it is brought here."""
         assert self.folder is not None
-        for stale in self.folder.glob(".tmp-*"):
-            storage.remove(stale)
-        for place in sorted(self.folder.glob("step-*"), reverse=True):
-            try:
-                check(place, self.identity)
-            except MillraceError as error:
-                _pass_over(place, error.message)
-                continue
-            return place.name
+        retention.sweep(self.folder)
+        here = {place.name for place in retention.newest_first(self.folder)}
+        there = self._stored(bool(here))
+        for name in sorted(here | there, reverse=True):
+            if name in here and self._is_good(self.folder / name):
+                return name
+            if name in there and self.store and self.store.fetch(name, self.folder):
+                return name
         return None
 
-    def _begin(self, temporary: Path, plain: Any, step: int) -> None:
-        storage.remove(temporary)
-        temporary.mkdir(parents=True)
-        content = {"step": step, "ranks": self.ranks.size, "tree": plain}
-        (temporary / STATE).write_text(json.dumps(content), encoding="utf-8")
+    def _stored(self, others: bool) -> set[str]:
+        if self.store is None:
+            return set()
+        try:
+            return set(self.store.names())
+        except StorageError as error:
+            if not others:
+                raise
+            log.say(f"checkpoints: only those of this machine are looked at: {error.message}")
+            return set()
 
-    def _finish(self, temporary: Path, target: Path, step: int) -> None:
-        assert self.folder is not None
-        manifest.seal(temporary, KIND, {"identity": self.identity, "step": step}, {})
-        storage.remove(target)
-        temporary.rename(target)
-        storage.sync_folder(self.folder)
-        # The one just written is good, so older and broken ones may go.
-        for old in sorted(self.folder.glob("step-*"), reverse=True)[self.keep :]:
-            storage.remove(old)
-        for bad in self.folder.glob("bad-*"):
-            storage.remove(bad)
+    def _is_good(self, place: Path) -> bool:
+        try:
+            retention.check(place, self.identity)
+        except manifest.OtherFormat:
+            raise
+        except ArtifactError as error:
+            retention.put_aside(place, error.message)
+            return False
+        return True
 
-    def _together(self, work: Any, *, anywhere: bool = False) -> None:
-        """Do something on rank 0 (or on each rank); an error there is raised on every rank."""
-        problem: tuple[str, str] | None = None
-        if anywhere or self.ranks.rank == 0:
-            try:
-                with storage.explained(str(self.folder)):
-                    work()
-            except MillraceError as error:
-                problem = (error.message, error.hint)
-        for found in self.ranks.gather(problem):
-            if found:
-                raise StorageError(f"checkpoint: {found[0]}", found[1])
+    def _read(self, place: Path, like: Like | None) -> tuple[dict[str, Any], dict[str, Any] | None, int]:
+        """Tree, generators and step of a checkpoint whose digests were checked."""
+        from trainer.train.dcp import empty, load_tensors, unreadable
 
-
-def _pass_over(place: Path, reason: str) -> None:
-    """Say why a checkpoint is not taken, and put it aside."""
-    log.say(f"checkpoint {place.name} passed over: {reason}")
-    bad = place.with_name(f"bad-{place.name}")
-    storage.remove(bad)
-    place.rename(bad)
-
-
-def check(place: Path, identity: str) -> None:
-    """Check the digests of a checkpoint and that it belongs to this run.
-
-    Raises:
-        ArtifactError: it is incomplete, corrupted, or another run's.
-    """
-    found = manifest.read(place, KIND)
-    if found.meta.get("identity") != identity:
-        raise ArtifactError(f"{place}: belongs to a run with other parameters", "remove it")
-
-
-def split(tree: Any, path: str = "", tensors: dict[str, Tensor] | None = None) -> tuple[Any, dict[str, Tensor]]:
-    """Divide nested dicts, lists and tuples into a JSON value and the tensors in it, by path."""
-    tensors = {} if tensors is None else tensors
-    if isinstance(tree, Tensor):
-        tensors[path] = tree.detach()
-        return {"tensor": path}, tensors
-    if isinstance(tree, dict):
-        # As pairs: the keys of an optimizer's state are numbers, which JSON objects cannot have.
-        return {"dict": [[key, split(value, f"{path}/{key}", tensors)[0]] for key, value in tree.items()]}, tensors
-    if isinstance(tree, (list, tuple)):
-        kind = "list" if isinstance(tree, list) else "tuple"
-        return {kind: [split(value, f"{path}/{i}", tensors)[0] for i, value in enumerate(tree)]}, tensors
-    if tree is None or isinstance(tree, (bool, int, float, str)):
-        return tree, tensors
-    raise TypeError(f"{path}: a {type(tree).__name__} cannot be kept in a checkpoint")
-
-
-def join(plain: Any, tensors: dict[str, Tensor]) -> Any:
-    """What `split` divided, whole again."""
-    if not isinstance(plain, dict):
-        return plain
-    ((kind, value),) = plain.items()
-    if kind == "tensor":
-        return tensors[value]
-    if kind == "dict":
-        return {key: join(item, tensors) for key, item in value}
-    items = [join(item, tensors) for item in value]
-    return items if kind == "list" else tuple(items)
+        tensors = load_tensors(place, like or empty)
+        try:
+            with storage.explained(place):
+                plain = json.loads((place / STATE).read_bytes())
+                tree = join(plain["tree"], tensors)
+                rng = place / f"rng-{self.ranks.rank:04d}.json"
+                # Another number of ranks: the order of the data goes on, dropout starts anew.
+                same = plain["ranks"] == self.ranks.size and rng.is_file()
+                return tree, json.loads(rng.read_bytes()) if same else None, int(plain["step"])
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise unreadable(place, error) from error

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.checkpoint.storage import WriteResult
 
-from trainer.errors import ArtifactError, StorageError
-from trainer.parallel.group import Ranks
+from trainer import storage
+from trainer.errors import ArtifactError
 
 # What stands in the `.metadata` of our checkpoints, name by name: a module's other names (what it imports) stay out.
 _SAFE = {
@@ -41,10 +44,9 @@ _SAFE = {
 }
 # What unpickling and reading raise for a checkpoint of another version of torch, or for none at all.
 _UNREADABLE = (
-    CheckpointException,
     pickle.UnpicklingError,
-    OSError,
     EOFError,
+    AssertionError,
     AttributeError,
     ImportError,
     LookupError,
@@ -62,48 +64,130 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def save_tensors(place: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
-    """Write named tensors, equal on every rank, as shards; each rank writes a share.
+class Planner(DefaultSavePlanner):
+    """DCP's plan of who writes what: each rank its shards; what several hold is written once, divided among them."""
 
-    Raises:
-        StorageError: they could not be written.
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def mine(self, tensors: dict[str, Tensor]) -> SavePlan:
+        """What this rank could write of named tensors, plain or DTensors."""
+        self.set_up_planner(tensors)
+        return self.create_local_plan()
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        """What this rank holds of a tensor, as `write` was given it."""
+        found: Tensor = self.state_dict[index.fqn]
+        return found
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank writes: its part of a plan that all ranks have made together, and the metadata of the whole."""
+
+    plan: SavePlan
+    metadata: Metadata
+
+
+def divide(plans: list[SavePlan], rank: int) -> Share:
+    """This rank's share of what all ranks could write; every rank comes to the same division."""
+    divided, metadata = Planner().create_global_plan(plans)
+    return Share(_Writer(Path()).prepare_global_plan(divided)[rank], metadata)
+
+
+def write(place: Path, share: Share, held: dict[str, Tensor]) -> list[list[Any]]:
+    """Write this rank's file; no rank waits for another. Files are synced when they are sealed.
+
+    Args:
+        place: folder, which exists.
+        share: from `divide`.
+        held: what this rank holds of each tensor.
+
+    Returns:
+        Where each piece stands, as JSON values; `finish` wants those of all ranks.
     """
-    try:
-        with _quiet():
-            # Files are synced when they are sealed.
-            dcp_save(dict(tensors), storage_writer=_Writer(place, sync_files=False), no_dist=ranks.size == 1)
-    except CheckpointException as error:
-        first = next(iter(error.failures.values()))[0]
-        reason = getattr(first, "strerror", None) or str(first)
-        raise StorageError(f"checkpoint {place}: {reason}", "free some space, or use another --scratch") from error
+    planner = Planner()
+    planner.set_up_planner(dict(held))
+    planner.finish_plan(share.plan)
+    results = _Writer(place).write_data(share.plan, planner).value()
+    return [
+        [found.index.fqn, found.index.offset and list(found.index.offset), found.index.index, found.size_in_bytes,
+         found.storage_data.relative_path, found.storage_data.offset, found.storage_data.length]
+        for found in results
+    ]  # fmt: skip
 
 
-def load_tensors(place: Path) -> dict[str, Tensor]:
-    """Read all tensors of a checkpoint whose digests were checked.
+def finish(place: Path, share: Share, results: list[list[list[Any]]]) -> None:
+    """Write `.metadata` when the files of all ranks are there; `results` are what `write` returned on each."""
+    pieces = [
+        [
+            WriteResult(MetadataIndex(name, offset, index), size, _StorageInfo(path, start, length))
+            for name, offset, index, size, path, start, length in part
+        ]
+        for part in results
+    ]
+    _Writer(place).finish(replace(share.metadata), pieces)
+
+
+Like = Callable[[str, torch.Size, torch.dtype], Tensor | None]
+
+
+def empty(name: str, size: torch.Size, dtype: torch.dtype) -> Tensor | None:
+    """A whole tensor in the host's memory."""
+    return torch.empty(size, dtype=dtype)
+
+
+def load_tensors(place: Path, like: Like = empty) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint whose digests were checked; ranks do not wait for each other.
+
+    Args:
+        place: the checkpoint's folder.
+        like: called with name, whole size and type of each tensor; gives the tensor to fill in: a plain one, a DTensor
+            of which only this rank's shard is read, or None to leave it out.
 
     Raises:
         ArtifactError: it holds something else than tensors, or cannot be read.
+        StorageError: a file cannot be read.
     """
     try:
-        return _load_tensors(place)
+        with storage.explained(place):
+            return _load_tensors(place, like)
     except _UNREADABLE as error:
-        raise ArtifactError(f"{place}: {type(error).__name__}: {error}", "remove this checkpoint") from error
+        raise unreadable(place, error) from error
 
 
-def _load_tensors(place: Path) -> dict[str, Tensor]:
+def unreadable(place: Path, error: Exception) -> ArtifactError:
+    """The error for a checkpoint that passes its digests: nothing may be removed for it."""
+    return ArtifactError(
+        f"{place}: is whole, but cannot be read: {type(error).__name__}: {error}",
+        "read it with the versions of millrace and torch that wrote it, or move it away to start without it",
+    )
+
+
+def _load_tensors(place: Path, like: Like) -> dict[str, Tensor]:
     reader = SafeReader(place)
     tensors: dict[str, Tensor] = {}
     for name, entry in reader.read_metadata().state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
-            raise ArtifactError(f"{place}: holds {name!r}, which is not a tensor", "remove this checkpoint")
-        tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    with _quiet():
-        dcp_load(tensors, storage_reader=reader, no_dist=True)
+            raise TypeError(f"holds {name!r}, which is not a tensor")
+        found = like(name, entry.size, entry.properties.dtype)
+        if found is not None:
+            tensors[name] = found
+    try:
+        with _quiet():
+            planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            dcp_load(tensors, storage_reader=reader, planner=planner, no_dist=True)
+    except CheckpointException as error:
+        # It keeps what has happened in a table by rank.
+        raise next(iter(error.failures.values()))[0] from error
     return tensors
 
 
 class _Writer(FileSystemWriter):
     """DCP's writer without the machine's path, which DCP notes as a `Path`: Python 3.13 cannot read one of 3.12."""
+
+    def __init__(self, place: Path) -> None:
+        super().__init__(place, sync_files=False, per_thread_copy_ahead=0)
 
     def storage_meta(self) -> StorageMeta:
         """Nothing: what a checkpoint is stands in our manifest."""
@@ -117,7 +201,7 @@ class SafeReader(FileSystemReader):
         """The checkpoint's metadata.
 
         Raises:
-            ArtifactError: the pickle names anything else.
+            UnpicklingError: the pickle names anything else.
         """
         with open(Path(self.path) / ".metadata", "rb") as file:
             metadata: Metadata = _Unpickler(file).load()
@@ -133,12 +217,12 @@ class _Unpickler(pickle.Unpickler):
             return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if "." in name or not (is_dtype or {(module, name), (module, "*")} & _SAFE):
-            raise ArtifactError(f".metadata names {module}.{name}, which DCP does not write", "remove this checkpoint")
+            raise pickle.UnpicklingError(f".metadata names {module}.{name}, which DCP does not write")
         return super().find_class(module, name)
 
 
 def _member(kind: Any, name: Any) -> Enum:
     """In place of `getattr`, by which Python 3.11.0 to 3.11.3 pickles members of enums; nothing else of it."""
     if not (isinstance(kind, type) and issubclass(kind, Enum) and isinstance(name, str)):
-        raise ArtifactError(".metadata takes an attribute of what is no enum", "remove this checkpoint")
+        raise pickle.UnpicklingError(".metadata takes an attribute of what is no enum")
     return kind[name]

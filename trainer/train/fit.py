@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from trainer.artifacts.manifest import canonical
@@ -82,10 +83,12 @@ def fit(
         model.to(device).train()
         ranks.same_parameters(model)
         folder = scratch / what if scratch else None
-        checkpoints = Checkpoints(folder, params.train.keep_checkpoints, ranks, identity(params, task, model))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         live: list[Sink] = [Guarded({LIVE: LiveFile(folder / LIVE)})] if folder and ranks.rank == 0 else []
-        with Watch(task, model, params.train, device, ranks.size, [*live, *sinks]) as watch:
+        with (
+            checkpoints_of(params, task, model, folder, ranks, device) as checkpoints,
+            Watch(task, model, params.train, device, ranks.size, [*live, *sinks]) as watch,
+        ):
             loop = Loop(params, task, model, ranks, device, checkpoints, preemption, what, on_eval, on_step, watch)
             seed_all(params.train.seed, ranks.rank)
             loop.resume()
@@ -97,6 +100,23 @@ def fit(
             parameter.requires_grad_(True)  # `train.groups` may have frozen it for this run
     done = loop.progress
     return Fitted(model, done.history, done.best_metrics, done.step, done.best_step, time.monotonic() - start)
+
+
+def checkpoints_of(
+    params: Params, task: Task, model: nn.Module, folder: Path | None, ranks: group.Ranks, device: torch.device
+) -> Checkpoints:
+    """The checkpoints of a run, as section `train` says; only those of the stage `train` are copied to the store."""
+    train = params.train
+    return Checkpoints(
+        folder,
+        train.keep_checkpoints,
+        ranks,
+        identity(params, task, model),
+        keep_best=train.keep_best,
+        asynchronous=train.checkpoint_async,
+        store=train.checkpoint_store if folder and folder.name == "train" else "",
+        device=device,
+    )
 
 
 def identity(params: Params, task: Task, model: nn.Module) -> str:

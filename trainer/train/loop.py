@@ -96,12 +96,18 @@ class Loop:
                 if self._evaluation_due():
                     self._evaluate()
                 if self.progress.step >= self.total or self.progress.stopped:
-                    return self.guard.at_end(self.progress)
+                    break
+                self._checkpoint()
                 try:
                     self._step()
                 except Again:
                     continue
-                self._after_step()
+                if self.on_step:
+                    self.on_step(self.progress.step, self.total, self.model)
+            self.guard.at_end(self.progress)
+            if self.checkpoints.due():
+                self.save(durable=True)
+            self.checkpoints.settle()
 
     def _step(self) -> None:
         """One optimizer step."""
@@ -110,8 +116,15 @@ class Loop:
         self.guard.begin(now)
         with self.watch.part("data"):
             batches, used = self._fetch()
-        mine = [sum(self.task.units(batch) for batch in batches), self.preemption.asked, len(self.guard.rows)]
-        units, preempted, bad_rows = self.ranks.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
+        mine = [
+            sum(self.task.units(batch) for batch in batches),
+            self.preemption.asked,
+            len(self.guard.rows),
+            self.checkpoints.failed,
+        ]
+        units, preempted, bad_rows, unsaved = self.ranks.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
+        if unsaved:
+            self.checkpoints.settle()
         if preempted:
             self._preempt()
         if isinstance(self.optimizer, Sophia) and self.optimizer.due(now.step) and not bad_rows:
@@ -133,12 +146,12 @@ class Loop:
             now.epoch, now.offset = now.epoch + 1, 0
         self._log_step(norm / self._scale)
 
-    def _after_step(self) -> None:
-        """Hooks: the caller's, then the checkpoint."""
+    def _checkpoint(self) -> None:
+        """Save where it is time to, after the evaluation of the step if there is one."""
         now = self.progress
-        if self.on_step:
-            self.on_step(now.step, self.total, self.model)
-        if now.step % self.train.checkpoint_every == 0 and now.step < self.total and self.checkpoints.due():
+        periodic = now.step > 0 and now.step % self.train.checkpoint_every == 0
+        best = self.train.keep_best and now.step > 0 and now.step == now.best_step
+        if (periodic or best) and self.checkpoints.due():
             self.save()
 
     # -- data -------------------------------------------------------------------------------------------------------
@@ -307,18 +320,22 @@ class Loop:
 
     # -- state ------------------------------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Write a checkpoint of the whole state."""
-        self.progress.block = self.block
+    def save(self, *, durable: bool = False) -> None:
+        """Save the whole state; `durable` comes back when it is on the disk."""
+        now = self.progress
+        now.block = self.block
         tree = {
             "model": dict(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "best": self.best,
-            "good": self.guard.state(self.progress),
-            "progress": asdict(self.progress),
+            "good": self.guard.state(now),
+            "progress": asdict(now),
         }
+        name = f"val_{self.task.metric}"
+        score = {name: now.best_metrics[name]} if name in now.best_metrics else {}
+        best, rng = now.step == now.best_step, rng_state(self.device)
         with self.watch.part("checkpoint"):
-            self.checkpoints.save(self.progress.step, tree, rng_state(self.device))
+            self.checkpoints.save(now.step, tree, rng, durable=durable, best=best, score=score)
 
     def resume(self) -> None:
         """Take the state of the newest good checkpoint, if there is one."""
@@ -347,7 +364,7 @@ class Loop:
         Raises:
             Preempted: always.
         """
-        self.save()
+        self.save(durable=True)
         kept = (
             "a checkpoint was written" if self.checkpoints.folder else "nothing was kept, for want of a scratch folder"
         )
