@@ -190,6 +190,19 @@ def test_a_table_that_is_also_the_output_layer_is_stored_once():
     assert np.abs(run(serialise(made), given) - wanted).max() < 0.03 * np.abs(wanted).max()
 
 
+def test_a_decoder_with_qk_norm_and_bigrams_is_quantised_table_of_pairs_and_all():
+    model, spec = built("decoder", qk_norm=True, bigrams=512)
+    torch.nn.init.normal_(model.bigrams.weight[1:].data, std=0.02)
+    made = quantize.quantize_dynamic(export_onnx(model, spec))
+    shapes = sorted(tuple(tensor.dims) for tensor in made.graph.initializer if np.prod(tensor.dims) >= 300 * 16)
+    assert shapes == [(16, 300), (512, 16)]
+    given = inputs(spec, 3)
+    wanted = expected(model, given)
+    assert np.abs(run(serialise(made), given) - wanted).max() < 0.05 * np.abs(wanted).max()
+    torchao, _ = quantize.quantize_torchao(model)
+    assert np.abs(expected(torchao, given) - wanted).max() < 0.1 * np.abs(wanted).max()
+
+
 def test_small_tables_are_left_alone():
     model, spec = built("ngram", buckets=64, dim=4, hidden=0)
     exported = export_onnx(model, spec)

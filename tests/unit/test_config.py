@@ -121,6 +121,7 @@ CROSS = {
     "splits leave nothing": (["data.split.val=0.5", "data.split.test=0.5"], "data.split"),
     "bounds crossed": (["data.clean.min_chars=9", "data.clean.max_chars=8"], "data.clean"),
     "heads": (["model.name=encoder", "model.heads=3"], "model"),
+    "one row for pairs": (["task.name=lm", "model.name=decoder", "model.bigrams=1"], "model"),
     "odd heads": (["task.name=lm", "model.name=decoder", "model.dim=18", "model.heads=6"], "model"),
     "task of the model": (["task.name=lm"], "model.name"),
     "task of the student": (["task.name=lm", "model.name=decoder"], "distill.student.name"),

@@ -11,8 +11,10 @@ import torch
 
 from trainer import models
 from trainer.artifacts.dataset import Spec
+from trainer.compress.export import INPUT, export_onnx, open_session, serialise
 from trainer.config.model import FAMILIES
 from trainer.errors import ArtifactError, ConfigError
+from trainer.models import decoder
 from trainer.train.state import seed_all
 
 TEXT = Spec("classify", vocab_size=300, num_labels=5, max_length=48)
@@ -80,14 +82,66 @@ def test_a_stack_in_parts_is_the_whole(name):
     assert torch.equal(last(given, x, (2, 3)), model(given))
 
 
-def test_decoder_never_sees_the_future():
-    model, _, spec = make("decoder")
+OPTIONS = {"qk_norm": True, "bigrams": 64}
+
+
+def with_options(**given) -> tuple[torch.nn.Module, object, Spec]:
+    """A decoder with every option; the table of pairs, which begins at zero, holds something."""
+    model, config, spec = make("decoder", **OPTIONS, **given)
+    torch.nn.init.normal_(model.bigrams.weight[1:].data)
+    return model, config, spec
+
+
+@pytest.mark.parametrize("how", [make, lambda _: with_options()], ids=["plain", "options"])
+def test_decoder_never_sees_the_future(how):
+    model, _, spec = how("decoder")
     tokens = inputs(spec)
     changed = tokens.clone()
     changed[:, 10:] = 7
     before, after = model(tokens), model(changed)
     torch.testing.assert_close(after[:, :10], before[:, :10])
     assert not torch.allclose(after[:, 10:], before[:, 10:])
+
+
+def test_pairs_are_of_a_token_and_the_one_before_it():
+    rows = decoder.pairs(torch.tensor([[5, 6, 7, 5, 6, 0, 0], [6, 5, 6, 7, 8, 9, 4]]), 64)
+    assert rows[0, 1] == rows[0, 4] == rows[1, 2]
+    assert rows[0, 1] != rows[1, 1]
+    # The first token has none before it, and padding is in no pair.
+    assert (rows == 0).tolist() == [[True] + [False] * 4 + [True] * 2, [True] + [False] * 6]
+    large = decoder.pairs(torch.randint(900_000, 1_000_000, (4, 64)), 16)
+    assert 0 <= int(large.min()) <= int(large.max()) < 16
+
+
+def test_the_row_of_no_pair_stays_zero():
+    model, _, spec = with_options()
+    model.train()(inputs(spec)).sum().backward()
+    assert not model.bigrams.weight[0].any()
+    assert not model.bigrams.weight.grad[0].any()
+    assert model.bigrams.weight.grad[1:].any()
+
+
+def test_attention_with_qk_norm_does_not_depend_on_the_size_of_queries_and_keys():
+    model, _, spec = with_options()
+    before = model(inputs(spec))
+    with torch.no_grad():
+        for block in model.blocks:
+            block.query.weight.mul_(50)
+            block.key.weight.mul_(50)
+    torch.testing.assert_close(model(inputs(spec)), before, rtol=1e-3, atol=1e-3)
+
+
+def test_decoder_with_options_is_saved_exported_and_run_in_parts(tmp_path):
+    pytest.importorskip("onnxruntime")
+    model, config, spec = with_options(layers=3)
+    given = inputs(spec, rows=2, length=31)
+    given[0, 20:] = 0
+    models.save(tmp_path / "m", model, config, spec, [], None, {})
+    assert torch.equal(models.load(tmp_path / "m").model(given), model(given))
+    x = model(given, span=(0, 1))
+    assert torch.equal(model(given, x, (1, 3)), model(given))
+    (found,) = open_session(serialise(export_onnx(model, spec)), 1).run(None, {INPUT: given.numpy()})
+    np.testing.assert_allclose(found, model(given).detach().numpy(), rtol=1e-3, atol=1e-4)
 
 
 def test_decoder_knows_positions():

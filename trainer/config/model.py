@@ -97,6 +97,16 @@ class Decoder(Family):
     """Base of the rotary position frequencies."""
     tie_embeddings: bool = True
     """Use one matrix for the token embedding and the output layer."""
+    qk_norm: bool = False
+    """RMSNorm on the queries and keys of each head, which keeps attention stable at high rates (Henry et al. 2020)."""
+    bigrams: int = Field(default=0, ge=0)
+    """Rows of a hashed table of pairs of tokens, added to the token embedding; 0 has none."""
+
+    @model_validator(mode="after")
+    def _rows_for_pairs(self) -> Self:
+        if self.bigrams == 1:
+            raise ValueError("bigrams (1) leaves no row for pairs, since row 0 is for none: use 0, or 2 and more")
+        return self
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:

@@ -1,7 +1,9 @@
 """Decoder language model in the shape of Llama (Touvron et al. 2023).
 
 Rotary positions (Su et al. 2021), RMSNorm before each branch (Zhang and Sennrich 2019), grouped-query attention
-(Ainslie et al. 2023), SwiGLU (Shazeer 2020), and the token embedding as output layer (Press and Wolf 2017).
+(Ainslie et al. 2023), SwiGLU (Shazeer 2020), and the token embedding as output layer (Press and Wolf 2017). Optional:
+RMSNorm on queries and keys (Henry et al. 2020), and embeddings of hashed pairs of tokens beside those of tokens, as in
+Jordan et al.'s modded-nanogpt.
 """
 
 from __future__ import annotations
@@ -10,11 +12,14 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, pad, scaled_dot_product_attention, silu
 
-from trainer.artifacts.dataset import Spec
+from trainer.artifacts.dataset import PAD, Spec
 from trainer.config.model import Decoder as Config
 from trainer.models.stack import Stack
+
+# Of the hash of a pair of tokens: products of two token ids stay far below 2^63.
+MIX_PREVIOUS, MIX_TOKEN, PRIME = 36313, 27191, 2_147_483_647
 
 
 def rotary(length: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -42,6 +47,8 @@ class Block(nn.Module):
         self.key = nn.Linear(config.dim, config.kv_heads * self.width, bias=False)
         self.value = nn.Linear(config.dim, config.kv_heads * self.width, bias=False)
         self.proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.query_norm = nn.RMSNorm(self.width, eps=1e-6) if config.qk_norm else None
+        self.key_norm = nn.RMSNorm(self.width, eps=1e-6) if config.qk_norm else None
         self.norm2 = nn.RMSNorm(config.dim, eps=1e-6)
         self.gate = nn.Linear(config.dim, config.ff, bias=False)
         self.up = nn.Linear(config.dim, config.ff, bias=False)
@@ -61,6 +68,8 @@ class Block(nn.Module):
         query = self.query(x).view(batch, length, self.heads, self.width).transpose(1, 2)
         key = self.key(x).view(batch, length, self.kv_heads, self.width).transpose(1, 2)
         value = self.value(x).view(batch, length, self.kv_heads, self.width).transpose(1, 2)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         group = self.heads // self.kv_heads
         if group > 1:
@@ -78,21 +87,28 @@ class Decoder(Stack):
         self.theta = config.rope_theta
         self.dim, self.width = config.dim, config.dim // config.heads
         self.embedding = nn.Embedding(vocab_size, config.dim)
+        # Row 0 is of no pair: it is zero and has no gradient.
+        self.bigrams = nn.Embedding(config.bigrams, config.dim, padding_idx=0) if config.bigrams else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
         self.output = None if config.tie_embeddings else nn.Linear(config.dim, vocab_size, bias=False)
-        self.embed_names = ("embedding",)
+        self.embed_names = ("embedding", "bigrams") if config.bigrams else ("embedding",)
         self.head_names = ("norm", "embedding" if config.tie_embeddings else "output")
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 # Residual branches shrink with the depth, so that the stream's variance does not grow (GPT-2).
                 deep = name.endswith(("proj.weight", "down.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.layers) if deep else 0.02)
+        if self.bigrams is not None:
+            nn.init.zeros_(self.bigrams.weight)
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Tokens int64 (batch, length) as vectors (batch, length, dim)."""
-        embedded: Tensor = self.dropout(self.embedding(inputs))
+        x: Tensor = self.embedding(inputs)
+        if self.bigrams is not None:
+            x = x + self.bigrams(pairs(inputs, self.bigrams.num_embeddings))
+        embedded: Tensor = self.dropout(x)
         return embedded
 
     def beside(self, inputs: Tensor) -> tuple[Tensor, ...]:
@@ -108,6 +124,13 @@ class Decoder(Stack):
     def stream(self, inputs: Tensor) -> tuple[int, ...]:
         """(batch, length, dim)."""
         return (*inputs.shape, self.dim)
+
+
+def pairs(tokens: Tensor, rows: int) -> Tensor:
+    """Row, int64 (batch, length), of each token and the one before it; 0 where one of the two is missing or padding."""
+    before = pad(tokens[:, :-1], (1, 0), value=PAD)
+    hashed = 1 + (before * MIX_PREVIOUS + tokens * MIX_TOKEN) % PRIME % (rows - 1)
+    return torch.where((before != PAD) & (tokens != PAD), hashed, torch.zeros_like(hashed))
 
 
 def build(config: Config, spec: Spec) -> nn.Module:
