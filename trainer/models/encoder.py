@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu
 
 from trainer.artifacts.dataset import PAD, Spec
 from trainer.config.model import Encoder as Config
+from trainer.models.ops import attention
 from trainer.models.stack import Stack
 
 
@@ -31,7 +32,7 @@ class Block(nn.Module):
         parts = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, dim // self.heads)
         query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
         rate = self.dropout.p if self.training else 0.0
-        attended = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate)
+        attended = attention(query, key, value, mask, rate)
         x = x + self.dropout(self.proj(attended.transpose(1, 2).reshape(batch, length, dim)))
         out: Tensor = x + self.dropout(self.down(gelu(self.up(self.norm2(x)))))
         return out

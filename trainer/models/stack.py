@@ -5,7 +5,12 @@ A part of such a model can be run by itself, which is all that a pipeline of sev
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
+
+# Makes something of the last stream and the matrix that turns it into logits, or of logits and None.
+Finish = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Stack(nn.Module):
@@ -33,20 +38,31 @@ class Stack(nn.Module):
         """Logits of the stream that leaves the last block."""
         raise NotImplementedError
 
+    def ends(self, x: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The normed stream and the matrix of the head, where the head is a plain product; else logits and None."""
+        return self.head(x, inputs), None
+
     def stream(self, inputs: Tensor) -> tuple[int, ...]:
         """Shape of the stream for these inputs."""
         raise NotImplementedError
 
-    def forward(self, inputs: Tensor, x: Tensor | None = None, span: tuple[int, int] | None = None) -> Tensor:
+    def forward(
+        self,
+        inputs: Tensor,
+        x: Tensor | None = None,
+        span: tuple[int, int] | None = None,
+        finish: Finish | None = None,
+    ) -> Tensor:
         """Map inputs to logits; or do a part of it, the blocks of a span.
 
         Args:
             inputs: the model's inputs, as its class says.
             x: the stream that enters the span; not used where the span begins with the first block.
             span: the first block and the one after the last; None is all of them.
+            finish: what to do in place of the logits, such as a loss that never holds all of them.
 
         Returns:
-            The stream that leaves the span, or the logits where it ends with the last block.
+            The stream that leaves the span; or, where that ends with the last block, the logits or what `finish` gives.
         """
         first, end = span or (0, len(self.blocks))
         if first == 0:
@@ -55,4 +71,6 @@ class Stack(nn.Module):
         beside = self.beside(inputs)
         for index in range(first, end):
             x = self.blocks[index](x, *beside)
-        return self.head(x, inputs) if end == len(self.blocks) else x
+        if end < len(self.blocks):
+            return x
+        return self.head(x, inputs) if finish is None else finish(*self.ends(x, inputs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from trainer.artifacts.dataset import PAD
+from trainer.models.stack import Stack
 from trainer.tasks.base import Batch, Task, bits_per_byte
-
-IGNORE = -100
+from trainer.tasks.token_loss import IGNORE, token_loss
 
 
 class LanguageModel(Task):
@@ -46,11 +47,10 @@ class LanguageModel(Task):
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """`cross_entropy`, summed over predicted tokens."""
-        logits = self.forward(model, batch).float()
-        smoothing = self.params.train.label_smoothing
-        flat, targets = logits.flatten(0, 1), batch["targets"].flatten()
-        loss = cross_entropy(flat, targets, reduction="sum", ignore_index=IGNORE, label_smoothing=smoothing)
-        return {"cross_entropy": loss}
+        finish = partial(token_loss, targets=batch["targets"], smoothing=self.params.train.label_smoothing)
+        if isinstance(model, Stack):
+            return {"cross_entropy": model(batch["inputs"], finish=finish)}
+        return {"cross_entropy": finish(self.forward(model, batch), None)}
 
     def tally(self, logits: Tensor, batch: Batch) -> Tensor:
         """[sum of losses in nats, predicted tokens]."""
