@@ -163,6 +163,16 @@ def test_an_overflow_of_fp16_is_no_divergence_and_a_nan_loss_is(dataset, monkeyp
     assert len(events(fitted)) == 1
 
 
+def test_a_gradient_too_large_to_be_summed_up_is_refused(dataset):
+    class Large(Classify):
+        def losses(self, model, batch):
+            weight = next(model.parameters())
+            return super().losses(model, batch) | {"large": (weight - weight.detach()).sum() * 1e30}
+
+    with pytest.raises(DivergedError, match="step 1 of 12: gradient norm inf is not finite, too large to be summed up"):
+        train(dataset, kind=Large)
+
+
 class Normed(torch.nn.Module):
     """A model with running means."""
 

@@ -165,8 +165,9 @@ class Guard:
             ranks = [str(rank) for rank, part in enumerate(seen) if part[1]]
             where = f" on rank {' and '.join(ranks)}" if len(seen) > 1 else ""
             return f"loss {loss} is not finite, in term {' and '.join(bad)}{where}", HINT
-        name = gradients[min(part[2] for part in seen)][0]
-        return f"gradient norm {norm} is not finite, first in {name}", HINT
+        number = min(part[2] for part in seen)
+        where = f"first in {gradients[number][0]}" if number < len(gradients) else "too large to be summed up"
+        return f"gradient norm {norm} is not finite, {where}", HINT
 
 
 def _local(value: Tensor) -> Tensor:

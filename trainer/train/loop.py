@@ -22,7 +22,7 @@ from trainer.errors import Preempted
 from trainer.monitor.watch import Watch
 from trainer.parallel.group import Ranks
 from trainer.tasks.base import Batch, Task, to_device
-from trainer.train import inject, optimizers, schedules
+from trainer.train import growth, inject, instability, optimizers, schedules
 from trainer.train.checkpoint import Checkpoints
 from trainer.train.device import autocast
 from trainer.train.guard import Guard
@@ -68,7 +68,7 @@ class Loop:
         self.guard = Guard(self.train, model, self.optimizer, ranks, what)
         self.memory = Memory(self.train, model, self.optimizer, ranks, device, checkpoints.folder, what)
         self.best: dict[str, Tensor] = {}
-        self._set_block(self.train.batch_size * self.train.accumulation * ranks.size)
+        self._set_block(growth.first_block(self.train, self.train.batch_size * self.train.accumulation * ranks.size))
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         # A trial is a part of a search, whose own progress is counted in trials.
         self._shown = log.Progress("step" if what == "trial" else what, self.total)
@@ -80,7 +80,15 @@ class Loop:
         # As many as one process would make: more of them must not mean more epochs.
         epochs = max(self.train.epochs, math.ceil(self.train.min_steps / max(math.ceil(examples / alone), 1)))
         self.total = self.train.max_steps or epochs * math.ceil(examples / block)
+        self.epochs = epochs
         self._more_epochs = epochs if epochs > self.train.epochs and not self.train.max_steps else 0
+
+    def _resize(self, block: int) -> None:
+        """Go on with another number of examples in a step."""
+        self._set_block(block)
+        examples = self.task.num_examples("train")
+        self.total = growth.total_steps(self.progress, self.train, examples, self.epochs, self.total, block)
+        self._shown.total = self.total
 
     # -- the run ----------------------------------------------------------------------------------------------------
 
@@ -134,6 +142,7 @@ class Loop:
         loss, norm, terms = (
             (math.nan, math.nan, {}) if bad_rows else self._gradients(batches, max(units, 1.0), self.task)
         )
+        unscaled = norm / self._scale
         if self._finite(loss, norm, terms):
             self._update(norm)
         self.watch.step(units)
@@ -144,7 +153,17 @@ class Loop:
         now.offset += used
         if now.offset >= self.task.num_examples("train"):
             now.epoch, now.offset = now.epoch + 1, 0
-        self._log_step(norm / self._scale)
+        self._watch(loss, unscaled)
+        self._log_step(unscaled)
+
+    def _watch(self, loss: float, norm: float) -> None:
+        """See whether training is stable, and make the next steps larger or smaller where that is asked for."""
+        now = self.progress
+        refused = not math.isfinite(loss) or (self.train.precision != "fp16" and not math.isfinite(norm))
+        jumped = instability.watch(now, self.train, loss, norm, self.what, say=self.ranks.rank == 0)
+        block = growth.next_block(now, self.train, self.block, trouble=refused or jumped)
+        if block != self.block:
+            self._resize(block)
 
     def _checkpoint(self) -> None:
         """Save where it is time to, after the evaluation of the step if there is one."""
@@ -164,7 +183,9 @@ class Loop:
         now = self.progress
         if self._order[0] != now.epoch:
             rng = np.random.default_rng([self.train.seed, now.epoch])
-            self._order = (now.epoch, self.task.order("train", rng, self.block))
+            # Within an epoch the order stays, whatever the size of the steps.
+            now.order_block = (now.offset and now.order_block) or self.block
+            self._order = (now.epoch, self.task.order("train", rng, now.order_block))
         index = self._order[1][now.offset : now.offset + self.block]
         size = self.memory.micro_batch(now)
         batches = []
@@ -243,7 +264,8 @@ class Loop:
             factor *= self.train.clip / (norm * factor)
         if factor != 1.0:
             torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], factor)
-        rate = schedules.factor(now.step, self.total, self.train) * now.lr_scale
+        place = growth.place(now, self.train, self.task.num_examples("train"), self.epochs, self.total)
+        rate = schedules.factor(*place, self.train) * now.lr_scale
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
         with self.memory.alone(now, self.memory.adapt_update):
@@ -349,10 +371,8 @@ class Loop:
         self.best = {name: value.to(self.device) for name, value in tree["best"].items()}
         self.guard.load(tree["good"])
         self.progress = Progress(**tree["progress"])
-        if self.progress.block != self.block:
-            # Another number of ranks shares the steps as they were: the same gradients, rates and number of steps.
-            self._set_block(self.progress.block)
-            self._shown = log.Progress(self.what, self.total)
+        # Another number of ranks shares the steps as they were: the same gradients, rates and number of steps.
+        self._resize(self.progress.block)
         self._shown.resume(self.progress.step)
         self.watch.resume(self.progress.step, self.progress.evaluated)
         if rng is not None:

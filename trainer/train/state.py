@@ -34,6 +34,10 @@ class Progress:
         skipped: steps left out because something was not finite.
         rollbacks: times the run went back to the last good weights.
         lr_scale: factor of the rate, from the rollbacks.
+        window: loss, gradient norm and loss scale of the last steps, see `trainer.train.instability`.
+        warned: the step at which instability was last told of.
+        stable: steps since the batch has changed, see `trainer.train.growth`.
+        order_block: `block` at the beginning of the epoch, by which its order was made.
         memory: what was learnt from a shortage, see `trainer.train.memory`: examples of a micro-batch and the like.
         history: rows as they stand in history.jsonl.
     """
@@ -56,6 +60,10 @@ class Progress:
     skipped: int = 0
     rollbacks: int = 0
     lr_scale: float = 1.0
+    window: list[list[float]] = field(default_factory=list)
+    warned: int = -(10**9)
+    stable: int = 0
+    order_block: int = 0
     memory: dict[str, int] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
