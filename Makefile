@@ -2,6 +2,9 @@
 VENV ?= .venv
 JOBS ?= 2
 ARGS ?=
+# 1: all cases of each grid of faults instead of a sample.
+FULL ?=
+SEED ?=
 
 # The first Python from 3.11 to 3.13; `make PYTHON=/path/to/python run` chooses another.
 ifndef PYTHON
@@ -40,8 +43,8 @@ lint: $(DEV) ## format, lint, types, and that generated files are up to date
 bench: $(BENCH) ## the numbers of the README, each beside its peer
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python $$file; done
 
-fault: $(DEV) ## the long fault tests: fifty kills over all stages (the short ones are part of test)
-	@$(BIN)/python -m pytest -n $(JOBS) -m "fault and slow" $(ARGS)
+fault: $(DEV) ## the long fault tests (the short ones are part of test): a sample of each grid, all with FULL=1; SEED=... repeats
+	@FULL=$(FULL) SEED=$(SEED) $(BIN)/python -m pytest -n $(JOBS) -m "fault and slow" $(ARGS)
 
 slow: $(DEV) ## the slow tests: whole presets, the network unplugged
 	@$(BIN)/python -m pytest -m "slow and not fault and not container and not cluster" $(ARGS)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from pipelines import cli_kfp, cli_render
+from pipelines import cli_checkpoint, cli_kfp, cli_render
 from trainer import __version__
 from trainer.errors import EXIT_CODES, ConfigError, redact
 
@@ -60,6 +60,7 @@ def build_parser() -> Parser:
     _add_predict(command)
     _add_lr_find(command)
     _add_registry(command)
+    cli_checkpoint.add_command(command)
     _add_report(command)
     _add_config(command)
     cli_kfp.add_commands(command)
@@ -274,7 +275,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(words)
     from trainer.__main__ import exit_status
 
-    modules = {**cli_kfp.COMMANDS, "render": cli_render.MODULE, "lr_find": "pipelines.commands_lr"}
+    modules = {
+        **cli_kfp.COMMANDS, "render": cli_render.MODULE, "checkpoint": cli_checkpoint.MODULE, "lr_find": "pipelines.commands_lr",
+    }  # fmt: skip
     module = modules.get(args.handler, "pipelines.commands")
     handler: Callable[[argparse.Namespace], int] = getattr(importlib.import_module(module), args.handler)
     return exit_status(lambda: handler(args))

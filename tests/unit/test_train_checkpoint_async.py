@@ -155,5 +155,7 @@ def test_a_tree_is_the_same_after_split_and_join_without_what_was_left_out():
     whole = join(plain, tensors)
     assert whole[3]["y"] == "text"
     assert whole["a"][1] == {"b": (1, None)}
+    assert join(plain, tensors | {"/3/x": None})[3] == {"y": "text"}
     del tensors["/3/x"]
-    assert join(plain, tensors)[3] == {"y": "text"}
+    with pytest.raises(KeyError):
+        join(plain, tensors)

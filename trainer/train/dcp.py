@@ -109,7 +109,14 @@ def write(place: Path, share: Share, held: dict[str, Tensor]) -> list[list[Any]]
     planner = Planner()
     planner.set_up_planner(dict(held))
     planner.finish_plan(share.plan)
-    results = _Writer(place).write_data(share.plan, planner).value()
+    try:
+        results = _Writer(place).write_data(share.plan, planner).value()
+    except RuntimeError as error:
+        # On a full disk torch's zip writer fails twice, and tells of the second time only.
+        cause: BaseException | None = error
+        while cause and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or error from None
     return [
         [found.index.fqn, found.index.offset and list(found.index.offset), found.index.index, found.size_in_bytes,
          found.storage_data.relative_path, found.storage_data.offset, found.storage_data.length]
@@ -137,13 +144,16 @@ def empty(name: str, size: torch.Size, dtype: torch.dtype) -> Tensor | None:
     return torch.empty(size, dtype=dtype)
 
 
-def load_tensors(place: Path, like: Like = empty) -> dict[str, Tensor]:
+def load_tensors(place: Path, like: Like = empty) -> dict[str, Tensor | None]:
     """Read the tensors of a checkpoint whose digests were checked; ranks do not wait for each other.
 
     Args:
         place: the checkpoint's folder.
         like: called with name, whole size and type of each tensor; gives the tensor to fill in: a plain one, a DTensor
             of which only this rank's shard is read, or None to leave it out.
+
+    Returns:
+        Every name, with the tensor or None where it was left out.
 
     Raises:
         ArtifactError: it holds something else than tensors, or cannot be read.
@@ -164,15 +174,14 @@ def unreadable(place: Path, error: Exception) -> ArtifactError:
     )
 
 
-def _load_tensors(place: Path, like: Like) -> dict[str, Tensor]:
+def _load_tensors(place: Path, like: Like) -> dict[str, Tensor | None]:
     reader = SafeReader(place)
-    tensors: dict[str, Tensor] = {}
+    found: dict[str, Tensor | None] = {}
     for name, entry in reader.read_metadata().state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             raise TypeError(f"holds {name!r}, which is not a tensor")
-        found = like(name, entry.size, entry.properties.dtype)
-        if found is not None:
-            tensors[name] = found
+        found[name] = like(name, entry.size, entry.properties.dtype)
+    tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
     try:
         with _quiet():
             planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -180,7 +189,7 @@ def _load_tensors(place: Path, like: Like) -> dict[str, Tensor]:
     except CheckpointException as error:
         # It keeps what has happened in a table by rank.
         raise next(iter(error.failures.values()))[0] from error
-    return tensors
+    return found | tensors
 
 
 class _Writer(FileSystemWriter):

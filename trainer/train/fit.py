@@ -21,6 +21,7 @@ from trainer.stage import FREE
 from trainer.tasks.base import Task
 from trainer.train.checkpoint import Checkpoints
 from trainer.train.device import machine
+from trainer.train.export import files_of
 from trainer.train.loop import Loop, OnEval, OnStep
 from trainer.train.preempt import Preemption
 from trainer.train.state import seed_all
@@ -114,6 +115,7 @@ def checkpoints_of(
         identity(params, task, model),
         keep_best=train.keep_best,
         asynchronous=train.checkpoint_async,
+        files=files_of(params.model, task.dataset) if folder else {},
         store=train.checkpoint_store if folder and folder.name == "train" else "",
         device=device,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ def split(tree: Any, path: str = "", tensors: dict[str, Tensor] | None = None) -
     raise TypeError(f"{path}: a {type(tree).__name__} cannot be kept in a checkpoint")
 
 
-def join(plain: Any, tensors: dict[str, Tensor]) -> Any:
-    """What `split` divided, whole again; entries of dicts whose tensor was left out are left out too."""
+def join(plain: Any, tensors: Mapping[str, Tensor | None]) -> Any:
+    """What `split` divided, whole again; where a tensor is None, its entry in a dict is left out."""
     if not isinstance(plain, dict):
         return plain
     ((kind, value),) = plain.items()
@@ -38,8 +39,8 @@ def join(plain: Any, tensors: dict[str, Tensor]) -> Any:
     return items if kind == "list" else tuple(items)
 
 
-def _left_out(plain: Any, tensors: dict[str, Tensor]) -> bool:
-    return isinstance(plain, dict) and "tensor" in plain and plain["tensor"] not in tensors
+def _left_out(plain: Any, tensors: Mapping[str, Tensor | None]) -> bool:
+    return isinstance(plain, dict) and "tensor" in plain and tensors[plain["tensor"]] is None
 
 
 def local(tensor: Tensor) -> Tensor:
