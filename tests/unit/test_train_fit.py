@@ -13,7 +13,9 @@ from trainer import models, tasks
 from trainer.config.load import load
 from trainer.errors import DivergedError
 from trainer.monitor.watch import Watch
+from trainer.parallel.dims import Dims
 from trainer.parallel.group import Ranks
+from trainer.parallel.plan import Plan
 from trainer.tasks.classify import Classify
 from trainer.train import schedules
 from trainer.train.checkpoint import Checkpoints
@@ -312,8 +314,9 @@ def test_a_run_that_goes_on_alone_keeps_the_size_of_the_steps_of_two_ranks(datas
         model = models.build(params.model, datasets["classify"].spec)
         checkpoints = Checkpoints(tmp_path, 2, Ranks(), "run")
         device = torch.device("cpu")
+        plan = Plan(params, Dims(), Ranks(), device)
         watch = Watch(task, model, params.train, device, 1)
-        made = Loop(params, task, model, Ranks(), device, checkpoints, Preemption(), "t", None, hook, watch)
+        made = Loop(params, task, model, plan, checkpoints, Preemption(), "t", None, hook, watch)
         if ranks_batch:
             made._set_block(ranks_batch)
         return made

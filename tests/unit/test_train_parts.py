@@ -13,6 +13,7 @@ from trainer import plugins
 from trainer.config import Train
 from trainer.train import optimizers, schedules, state
 from trainer.train.checkpoint import join, split
+from trainer.train.named_state import named_state, set_named_state
 
 TOTAL = 100
 
@@ -84,12 +85,12 @@ def test_every_optimizer_learns_and_goes_on_exactly_from_its_state(name):
     optimizer = optimizers.build(model, train)
     losses = [step(model, optimizer) for _ in range(30)]
     assert losses[-1] < 0.5 * losses[0]
-    plain, tensors = split(optimizer.state_dict())
+    plain, tensors = split(named_state(optimizer, model))
     saved = {key: value.clone() for key, value in tensors.items()}
     other = Net()
     other.load_state_dict(model.state_dict())
     resumed = optimizers.build(other, train)
-    resumed.load_state_dict(join(plain, saved))
+    set_named_state(resumed, other, join(plain, saved))
     assert [step(model, optimizer) for _ in range(5)] == [step(other, resumed) for _ in range(5)]
 
 

@@ -67,7 +67,7 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Causal self-attention; each key and value head serves heads / kv_heads query heads."""
-        batch, length, dim = x.shape
+        batch, length, _ = x.shape
         query = self.query(x).view(batch, length, self.heads, self.width).transpose(1, 2)
         key = self.key(x).view(batch, length, self.kv_heads, self.width).transpose(1, 2)
         value = self.value(x).view(batch, length, self.kv_heads, self.width).transpose(1, 2)
@@ -78,7 +78,7 @@ class Block(nn.Module):
         if group > 1:
             key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
         attended = causal_attention(query, key, value)
-        out: Tensor = self.proj(attended.transpose(1, 2).reshape(batch, length, dim))
+        out: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
         return out
 
 

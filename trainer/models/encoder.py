@@ -17,7 +17,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, ff: int, dropout: float) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.width = heads, dim // heads
         self.norm1 = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -28,12 +28,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map (batch, length, dim) to the same shape; mask bool (batch, 1, 1, length), true where a key may be seen."""
-        batch, length, dim = x.shape
-        parts = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, dim // self.heads)
+        parts = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, self.width))
         query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
         rate = self.dropout.p if self.training else 0.0
         attended = attention(query, key, value, mask, rate)
-        x = x + self.dropout(self.proj(attended.transpose(1, 2).reshape(batch, length, dim)))
+        x = x + self.dropout(self.proj(attended.transpose(1, 2).flatten(2)))
         out: Tensor = x + self.dropout(self.down(gelu(self.up(self.norm2(x)))))
         return out
 

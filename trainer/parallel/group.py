@@ -27,6 +27,7 @@ from trainer.parallel.nodes import GENERATION
 BUCKET_BYTES = 25 << 20
 # Ranks that wait for the same collective give up within a second of each other.
 SILENT_S = 5.0
+IN_GROUP = re.compile(r"(?i)gloo|nccl|c10d|connection closed by peer")
 HINT = (
     "look at what it waits for (a disk, a network, a debugger); if it is only slow, raise parallel.timeout_s; the same "
     "command resumes from the newest checkpoint"
@@ -87,15 +88,11 @@ class Group(Ranks):
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum the gradients over the ranks, in place; a missing gradient counts as zero."""
         self._come()
-        for bucket in _buckets(parameters):
-            for parameter in bucket:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
-            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-            dist.all_reduce(flat)
-            for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
+        parameters = list(parameters)
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        sum_tensors([parameter.grad for parameter in parameters if parameter.grad is not None])
 
     def same_parameters(self, model: nn.Module) -> None:
         """Give every rank the parameters and buffers of rank 0."""
@@ -131,16 +128,25 @@ class Group(Ranks):
         dist.barrier()
 
 
-def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Parameters in their order, in groups of one type and of about BUCKET_BYTES."""
-    bucket: list[nn.Parameter] = []
+def sum_tensors(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Sum tensors over a group's ranks (all ranks without one), in place."""
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        dist.all_reduce(flat, group=group)
+        for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors in their order, in groups of one type and of about BUCKET_BYTES."""
+    bucket: list[Tensor] = []
     size = 0
-    for parameter in parameters:
-        if bucket and (size >= BUCKET_BYTES or parameter.dtype != bucket[0].dtype):
+    for tensor in tensors:
+        if bucket and (size >= BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
             yield bucket
             bucket, size = [], 0
-        bucket.append(parameter)
-        size += parameter.numel() * parameter.element_size()
+        bucket.append(tensor)
+        size += tensor.numel() * tensor.element_size()
     if bucket:
         yield bucket
 
@@ -215,7 +221,8 @@ def _is_of_group(error: RuntimeError) -> bool:
     while isinstance(frame, TracebackType) and frame.tb_next:
         frame = frame.tb_next
     module = str(frame.tb_frame.f_globals.get("__name__", "")) if frame else ""
-    return module.startswith(("trainer.parallel", "torch.distributed"))
+    # Collectives of FSDP and DTensor fail inside of autograd: only the message says what has.
+    return module.startswith(("trainer.parallel", "torch.distributed")) or bool(IN_GROUP.search(str(error)))
 
 
 def _is_timeout(error: RuntimeError) -> bool:

@@ -133,6 +133,7 @@ class Task(ABC):
         batch_size: int = 256,
         shard: tuple[int, int] = (0, 1),
         poll: Callable[[], None] = lambda: None,
+        lockstep: bool = False,
     ) -> Tensor:
         """The tally of a split, or of every n-th batch of it.
 
@@ -142,6 +143,7 @@ class Task(ABC):
             batch_size: examples in a batch.
             shard: (rank, ranks): this rank takes the batches rank, rank + ranks, ...
             poll: called after each batch; an exception that it raises ends the evaluation.
+            lockstep: all ranks run the model equally often, since it needs them all; without a batch, for nothing.
         """
         count = self.num_examples(split)
         lengths = self.lengths(split)
@@ -150,10 +152,15 @@ class Task(ABC):
         device = torch.device("cpu") if first is None else first.device
         total = torch.zeros(0, dtype=torch.float64)
         with evaluating(model):
-            for start in range(shard[0] * batch_size, count, batch_size * shard[1]):
-                batch = to_device(self.batch(split, index[start : start + batch_size]), device)
+            for begin in range(0, count, batch_size * shard[1]):
+                start = begin + shard[0] * batch_size
+                if start >= count and not lockstep:
+                    break
+                rows = index[start : start + batch_size] if start < count else index[:1]
+                batch = to_device(self.batch(split, rows), device)
                 part = self.tally(self.forward(model, batch).float(), batch).cpu()
-                total = part if not total.numel() else total + part
+                if start < count:
+                    total = part if not total.numel() else total + part
                 poll()
         return total
 

@@ -17,6 +17,7 @@ from trainer.config import Params
 from trainer.monitor.sinks import LIVE, Guarded, LiveFile, Sink
 from trainer.monitor.watch import Watch
 from trainer.parallel import group
+from trainer.parallel import plan as plans
 from trainer.stage import FREE
 from trainer.tasks.base import Task
 from trainer.train.checkpoint import Checkpoints
@@ -32,7 +33,8 @@ class Fitted:
     """A trained model.
 
     Attributes:
-        model: with the best weights by the task's metric, on the CPU, in evaluation mode.
+        model: with the best weights by the task's metric, on the CPU, in evaluation mode. Under a plan that divides it:
+            whole on rank 0, without values elsewhere.
         history: rows {"step", "epoch", "lr", "train_loss", "grad_norm"} and {"step", "val_…"}.
         metrics: of the validation split at `best_step`, names starting with `val_`.
         steps: optimizer steps done.
@@ -61,12 +63,13 @@ def fit(
 ) -> Fitted:
     """Train `model` in place and give it back with its best weights.
 
-    In a process group (see `trainer.parallel.group`) all ranks call this together and return the same.
+    In a process group (see `trainer.parallel.group`) all ranks call this together and return the same. Section `parallel`
+    says how the model is divided among them.
 
     Args:
-        params: section `train` says how; the seed also orders the data.
+        params: sections `train` and `parallel` say how; the seed also orders the data.
         task: batches, losses and metrics.
-        model: freshly built or pre-trained.
+        model: freshly built or pre-trained; the values of rank 0 count, and elsewhere it may be on the meta device.
         scratch: folder for checkpoints; a run killed there goes on from the newest. None keeps none.
         on_eval: called after each evaluation with (step, metrics); what it raises ends the run.
         on_step: called after each optimizer step with (step, steps in all, model).
@@ -74,6 +77,7 @@ def fit(
         what: the name that messages use.
 
     Raises:
+        ConfigError: the model cannot be divided among these ranks as section `parallel` says.
         DivergedError: a loss or gradient was not finite.
         Preempted: SIGTERM arrived; a checkpoint was written.
         StorageError: a checkpoint could not be written.
@@ -81,24 +85,24 @@ def fit(
     start = time.monotonic()
     with machine(params.train) as device, Preemption() as preemption:
         ranks = group.current(device)
-        model.to(device).train()
-        ranks.same_parameters(model)
+        plan = plans.make(params, ranks, device, model)
         folder = scratch / what if scratch else None
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         live: list[Sink] = [Guarded({LIVE: LiveFile(folder / LIVE)})] if folder and ranks.rank == 0 else []
         with (
             checkpoints_of(params, task, model, folder, ranks, device) as checkpoints,
             Watch(task, model, params.train, device, ranks.size, [*live, *sinks]) as watch,
         ):
-            loop = Loop(params, task, model, ranks, device, checkpoints, preemption, what, on_eval, on_step, watch)
-            seed_all(params.train.seed, ranks.rank)
+            model = plan.prepare(model, task.spec)
+            loop = Loop(params, task, model, plan, checkpoints, preemption, what, on_eval, on_step, watch)
+            seed_all(params.train.seed, plan.rank)
             loop.resume()
             loop.run()
         if loop.best:
             model.load_state_dict(loop.best)
-        model.to("cpu").eval()
-        for parameter in trained:
-            parameter.requires_grad_(True)  # `train.groups` may have frozen it for this run
+        model = plan.whole(model).eval()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)  # `train.groups` may have frozen it for this run
     done = loop.progress
     return Fitted(model, done.history, done.best_metrics, done.step, done.best_step, time.monotonic() - start)
 

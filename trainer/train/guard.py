@@ -20,7 +20,9 @@ from trainer import log
 from trainer.config import Train
 from trainer.errors import DivergedError
 from trainer.parallel.group import Ranks
+from trainer.parallel.plan import local
 from trainer.tasks.base import Batch
+from trainer.train.named_state import named_state, set_named_state
 from trainer.train.state import Progress
 
 HINT = "lower train.lr, set train.clip=1.0 or train.warmup=0.1, or use train.precision=fp32"
@@ -57,7 +59,7 @@ class Guard:
         if self.train.nonfinite.policy != "rollback" or self._good.get("step") == now.step:
             return
         if not self._good or (now.step % self.train.checkpoint_every == 0 and self._weights_are_finite()):
-            kept = {"model": dict(self.model.state_dict()), "optimizer": self.optimizer.state_dict()}
+            kept = {"model": dict(self.model.state_dict()), "optimizer": named_state(self.optimizer, self.model)}
             self._good = {"step": now.step, **_copy(kept, host=True)}
 
     def look(self, batch: Batch, index: np.ndarray) -> None:
@@ -136,10 +138,11 @@ class Guard:
         """Put model and optimizer back to the last good state."""
         self.model.load_state_dict(self._good["model"])
         # A copy: the optimizer takes the tensors themselves, and would change them.
-        self.optimizer.load_state_dict(_copy(self._good["optimizer"]))
+        set_named_state(self.optimizer, self.model, _copy(self._good["optimizer"]))
 
     def _weights_are_finite(self) -> bool:
-        return all(bool(_local(parameter).isfinite().all()) for parameter in self.model.parameters())
+        mine = all(bool(local(parameter).isfinite().all()) for parameter in self.model.parameters())
+        return all(self.ranks.gather(mine))
 
     def _reason(self, loss: float, norm: float, terms: dict[str, Tensor]) -> tuple[str, str]:
         """What is not finite, by name, from what all ranks have seen; and what to do about it."""
@@ -148,7 +151,7 @@ class Guard:
         wrong = (
             number
             for number, (_, gradient) in enumerate(gradients)
-            if gradient is not None and not _local(gradient).isfinite().all()
+            if gradient is not None and not local(gradient).isfinite().all()
         )
         first = next(wrong, len(gradients)) if math.isfinite(loss) else 0
         seen = self.ranks.gather((self.rows, names, first))
@@ -168,11 +171,6 @@ class Guard:
         number = min(part[2] for part in seen)
         where = f"first in {gradients[number][0]}" if number < len(gradients) else "too large to be summed up"
         return f"gradient norm {norm} is not finite, {where}", HINT
-
-
-def _local(value: Tensor) -> Tensor:
-    """This rank's part of a divided tensor."""
-    return value.to_local() if hasattr(value, "to_local") else value
 
 
 def _copy(tree: Any, *, host: bool = False) -> Any:

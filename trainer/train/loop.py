@@ -20,13 +20,13 @@ from trainer import log
 from trainer.config import Params
 from trainer.errors import Preempted
 from trainer.monitor.watch import Watch
-from trainer.parallel.group import Ranks
+from trainer.parallel.plan import Plan
 from trainer.tasks.base import Batch, Task, to_device
 from trainer.train import growth, inject, instability, optimizers, schedules
 from trainer.train.checkpoint import Checkpoints
-from trainer.train.device import autocast
 from trainer.train.guard import Guard
 from trainer.train.memory import Again, Memory
+from trainer.train.named_state import named_state, set_named_state
 from trainer.train.preempt import Interrupted, Preemption
 from trainer.train.sophia import Sampled, Sophia
 from trainer.train.state import Progress, rng_state, set_rng_state
@@ -47,8 +47,7 @@ class Loop:
         params: Params,
         task: Task,
         model: nn.Module,
-        ranks: Ranks,
-        device: torch.device,
+        plan: Plan,
         checkpoints: Checkpoints,
         preemption: Preemption,
         what: str,
@@ -57,18 +56,21 @@ class Loop:
         watch: Watch,
     ) -> None:
         self.train = params.train
-        self.model, self.ranks, self.device = model, ranks, device
-        self.task = inject.faulty(task, ranks.rank, lambda: self.progress.step + 1)
+        self.model, self.plan, self.ranks, self.device = model, plan, plan.ranks, plan.device
+        self.task = inject.faulty(task, self.ranks.rank, lambda: self.progress.step + 1)
         self.checkpoints, self.preemption, self.watch = checkpoints, preemption, watch
         self.what, self.on_eval, self.on_step = what, on_eval, on_step
         self.forward_model: nn.Module = torch.compile(model) if self.train.compile else model  # type: ignore[assignment]
         self.optimizer = optimizers.build(model, self.train)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.progress = Progress()
-        self.guard = Guard(self.train, model, self.optimizer, ranks, what)
-        self.memory = Memory(self.train, model, self.optimizer, ranks, device, checkpoints.folder, what)
+        self.guard = Guard(self.train, model, self.optimizer, self.ranks, what)
+        self.memory = Memory(
+            self.train, model, self.optimizer, self.ranks, self.device, checkpoints.folder, what, plan.size
+        )
         self.best: dict[str, Tensor] = {}
-        self._set_block(growth.first_block(self.train, self.train.batch_size * self.train.accumulation * ranks.size))
+        block = self.train.batch_size * self.train.accumulation * plan.size
+        self._set_block(growth.first_block(self.train, block))
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         # A trial is a part of a search, whose own progress is counted in trials.
         self._shown = log.Progress("step" if what == "trial" else what, self.total)
@@ -125,7 +127,7 @@ class Loop:
         with self.watch.part("data"):
             batches, used = self._fetch()
         mine = [
-            sum(self.task.units(batch) for batch in batches),
+            sum(self.task.units(batch) for batch, real in batches if real and self.plan.counts),
             self.preemption.asked,
             len(self.guard.rows),
             self.checkpoints.failed,
@@ -175,10 +177,11 @@ class Loop:
 
     # -- data -------------------------------------------------------------------------------------------------------
 
-    def _fetch(self) -> tuple[list[Batch], int]:
+    def _fetch(self) -> tuple[list[tuple[Batch, bool]], int]:
         """This rank's micro-batches of the next step, and the examples that all ranks take together.
 
-        The cursor is (seed, epoch, offset): the order of an epoch does not depend on the number of ranks.
+        A micro-batch that is not real is there only because other ranks have one. The cursor is (seed, epoch, offset): the
+        order of an epoch does not depend on the number of ranks.
         """
         now = self.progress
         if self._order[0] != now.epoch:
@@ -189,12 +192,13 @@ class Loop:
         index = self._order[1][now.offset : now.offset + self.block]
         size = self.memory.micro_batch(now)
         batches = []
-        for start in range(self.ranks.rank * size, len(index), self.ranks.size * size):
-            batch = self.task.batch("train", index[start : start + size])
+        for start in range(self.plan.rank * size, self.plan.until(len(index), size), self.plan.size * size):
+            real = start < len(index)
+            rows = index[start : start + size] if real else index[:1]
             rng = np.random.default_rng([self.train.seed, now.epoch, now.offset])
-            batch = self.task.augment(batch, rng, start)
-            self.guard.look(batch, index[start : start + size])
-            batches.append(to_device(batch, self.device))
+            batch = self.task.augment(self.task.batch("train", rows), rng, start if real else 0)
+            self.guard.look(batch, rows)
+            batches.append((to_device(batch, self.device), real))
         return batches, len(index)
 
     # -- a step's parts ---------------------------------------------------------------------------------------------
@@ -203,7 +207,9 @@ class Loop:
     def _scale(self) -> float:
         return self.progress.scale if self.train.precision == "fp16" else 1.0
 
-    def _gradients(self, batches: list[Batch], units: float, task: Task) -> tuple[float, float, dict[str, Tensor]]:
+    def _gradients(
+        self, batches: list[tuple[Batch, bool]], units: float, task: Task
+    ) -> tuple[float, float, dict[str, Tensor]]:
         """Leave the step's (scaled) gradient in the parameters.
 
         Returns:
@@ -224,20 +230,17 @@ class Loop:
         loss = total / units
         if not math.isfinite(loss):
             return loss, math.nan, terms
-        self.ranks.sum_gradients(self.parameters)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        return loss, float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0, terms
+        self.plan.sum_gradients(self.parameters)
+        return loss, self.plan.norm(self.parameters), terms
 
-    def _backward(self, batches: list[Batch], units: float, task: Task) -> dict[str, Tensor]:
+    def _backward(self, batches: list[tuple[Batch, bool]], units: float, task: Task) -> dict[str, Tensor]:
         """Forward and backward pass of each micro-batch; the sums of this rank's loss terms."""
         sums: dict[str, Tensor] = {}
-        for batch in batches:
-            with autocast(self.train, self.device):
-                terms = task.losses(self.forward_model, batch)
-            total = torch.stack(list(terms.values())).sum()
-            (total * (self._scale / units)).backward()  # type: ignore[no-untyped-call]
-            for name, term in terms.items():
-                sums[name] = sums.get(name, 0.0) + term.detach().double()
+        for number, (batch, real) in enumerate(batches, 1):
+            scale = self._scale / units if real else 0.0
+            terms = self.plan.backward(task, self.forward_model, batch, scale, last=number == len(batches))
+            if real and self.plan.counts:
+                sums = {name: sums.get(name, 0.0) + term for name, term in terms.items()}
         return sums
 
     def _finite(self, loss: float, norm: float, terms: dict[str, Tensor]) -> bool:
@@ -263,14 +266,14 @@ class Loop:
         if self.train.clip and norm * factor > self.train.clip:
             factor *= self.train.clip / (norm * factor)
         if factor != 1.0:
-            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], factor)
+            self.plan.multiply(self.parameters, factor)
         place = growth.place(now, self.train, self.task.num_examples("train"), self.epochs, self.total)
         rate = schedules.factor(*place, self.train) * now.lr_scale
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
         with self.memory.alone(now, self.memory.adapt_update):
             self.optimizer.step()
-        self.ranks.same_buffers(self.model)
+        self.plan.same_buffers(self.model)
         if self.train.precision == "fp16" and now.scale_steps >= GROW_EVERY:
             now.scale, now.scale_steps = now.scale * 2, 0
 
@@ -324,10 +327,10 @@ class Loop:
 
     def _measure(self) -> dict[str, float]:
         """Metrics of the validation split: each rank takes a share of the batches; SIGTERM ends it."""
-        now, shard, poll = self.progress, (self.ranks.rank, self.ranks.size), self.preemption.poll
-        size, total = self.memory.evaluation_batch(now), None
+        now, total = self.progress, None
+        size = self.memory.evaluation_batch(now)
         try:
-            total = self.memory.attempt(lambda: self.task.total(self.model, "val", size, shard, poll).tolist())
+            total = self.memory.attempt(lambda: self.plan.total(self.task, self.model, size, self.preemption).tolist())
         except Interrupted:
             pass
         parts = self.ranks.gather((total, self.preemption.asked))
@@ -348,26 +351,26 @@ class Loop:
         now.block = self.block
         tree = {
             "model": dict(self.model.state_dict()),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": named_state(self.optimizer, self.model),
             "best": self.best,
             "good": self.guard.state(now),
             "progress": asdict(now),
         }
         name = f"val_{self.task.metric}"
         score = {name: now.best_metrics[name]} if name in now.best_metrics else {}
-        best, rng = now.step == now.best_step, rng_state(self.device)
+        best, rng = now.step == now.best_step, {"plan": str(self.plan.dims), **rng_state(self.device)}
         with self.watch.part("checkpoint"):
             self.checkpoints.save(now.step, tree, rng, durable=durable, best=best, score=score)
 
     def resume(self) -> None:
         """Take the state of the newest good checkpoint, if there is one."""
-        loaded = self.checkpoints.load()
+        loaded = self.checkpoints.load(self.plan.like)
         if loaded is None:
             self.watch.resume(0, -1)
             return
         tree, rng = loaded
         self.model.load_state_dict(tree["model"])
-        self.optimizer.load_state_dict(tree["optimizer"])
+        set_named_state(self.optimizer, self.model, tree["optimizer"])
         self.best = {name: value.to(self.device) for name, value in tree["best"].items()}
         self.guard.load(tree["good"])
         self.progress = Progress(**tree["progress"])
@@ -375,7 +378,7 @@ class Loop:
         self._resize(self.progress.block)
         self._shown.resume(self.progress.step)
         self.watch.resume(self.progress.step, self.progress.evaluated)
-        if rng is not None:
+        if rng is not None and rng["plan"] == str(self.plan.dims):
             set_rng_state(rng, self.device)
 
     def _preempt(self) -> None:

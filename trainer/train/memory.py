@@ -52,6 +52,7 @@ class Memory:
         device: this rank's.
         folder: where what was learnt is kept for a restart; None where there is no scratch folder.
         what: the name that messages use.
+        num_data: number of ranks, or groups of ranks, that see different batches.
 
     Raises:
         ConfigError: the section asks for what this machine cannot do.
@@ -66,7 +67,9 @@ class Memory:
         device: torch.device,
         folder: Path | None,
         what: str,
+        num_data: int,
     ) -> None:
+        self.num_data = num_data
         self.train, self.model, self.optimizer, self.ranks = train, model, optimizer, ranks
         self.device, self.folder, self.what = device, folder, what
         self._offloaded = False
@@ -80,7 +83,7 @@ class Memory:
 
     def micro_batch(self, now: Progress) -> int:
         """Examples of a micro-batch of one rank."""
-        return min(now.memory.get("micro_batch", self.train.batch_size), -(-now.block // self.ranks.size))
+        return min(now.memory.get("micro_batch", self.train.batch_size), -(-now.block // self.num_data))
 
     def evaluation_batch(self, now: Progress) -> int:
         """Examples of a batch of an evaluation."""

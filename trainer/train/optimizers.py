@@ -58,7 +58,21 @@ class _WithoutCompiler(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        inspect.unwrap(super().step.__func__)(self)  # type: ignore[attr-defined]
+        groups = self.param_groups
+        # Kernels over lists of tensors take those of one mesh only.
+        self.param_groups = [{**each, "params": part} for each in groups for part in by_mesh(each["params"])]
+        try:
+            inspect.unwrap(super().step.__func__)(self)  # type: ignore[attr-defined]
+        finally:
+            self.param_groups = groups
+
+
+def by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters that are divided along the same axes, together; those that are not divided are one such part."""
+    parts: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        parts.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return list(parts.values())
 
 
 class _SGD(_WithoutCompiler, torch.optim.SGD):

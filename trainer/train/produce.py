@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
+import torch
 from torch import distributed
 
 from trainer import log, models, tasks
@@ -28,10 +30,12 @@ def train(call: Call) -> Result:
     params = tuned(call.params, call.inputs.get("tuning"))
     task = tasks.build(params, dataset)
     seed_all(params.train.seed)
-    model = models.build(params.model, dataset.spec)
+    first = not distributed.is_initialized() or distributed.get_rank() == 0
+    # Only the first rank's values count: the others need not have room for the whole model.
+    with nullcontext() if first else torch.device("meta"):
+        model = models.build(params.model, dataset.spec)
     num_parameters = models.num_parameters(model)
     used = {name: getattr(params, name).model_dump(mode="json") for name in ("task", "model", "train")}
-    first = not distributed.is_initialized() or distributed.get_rank() == 0
     if first:
         log.say(f"train {params.model.name} on {task.num_examples('train')} examples", num_parameters=num_parameters)
     sinks = open_trackers(params, "train", call.scratch) if first else []

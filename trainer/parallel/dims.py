@@ -1,0 +1,136 @@
+"""The one owner of the mesh: which axes there are, how long each is, and whether their product fits. Imports no torch.
+
+| axis | ranks along it |
+|---|---|
+| pp | hold consecutive blocks of the model |
+| dp_replicate | hold copies of the model and see different batches |
+| dp_shard | share one copy by `parallel.zero` and see different batches |
+| cp | divide each sequence |
+| tp | divide each matrix |
+
+From the slowest to the fastest: the ranks along tp are next to each other, on one host where they can be.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from trainer.config import Parallel
+from trainer.errors import ConfigError
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The length of each axis. `zero` is 0 where there is nothing to share."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+    zero: int = 0
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return math.prod(self.shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Lengths in the order of `AXES`."""
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    @property
+    def data(self) -> int:
+        """Number of ranks, or groups of ranks, that see different batches."""
+        return self.dp_replicate * self.dp_shard
+
+    def __str__(self) -> str:
+        """Such as `pp2 x dp_shard2 (zero 3)`."""
+        parts = [f"{axis}{length}" for axis, length in zip(AXES, self.shape, strict=True) if length > 1]
+        return (" x ".join(parts) or "1 rank") + (f" (zero {self.zero})" if self.zero else "")
+
+
+def resolve(parallel: Parallel, num_ranks: int) -> Dims:
+    """The lengths that `parallel` means for so many ranks; -1 is the rest.
+
+    Where `zero` is above 0 and `dp_shard` is 1, `dp_shard` is the rest: there would be nothing to share otherwise.
+
+    Raises:
+        ConfigError: the product is not the number of ranks, or cannot be.
+    """
+    for key in ("dp_replicate", "dp_shard"):
+        if getattr(parallel, key) == 0:
+            raise ConfigError(f"parallel.{key}: 0 ranks", f"use parallel.{key}=1, or -1 for the rest")
+    replicate, shard = parallel.dp_replicate, parallel.dp_shard
+    if parallel.zero and shard == 1:
+        shard = -1
+    if replicate == shard == -1:
+        # Both cannot be the rest: the one that is asked for by name, or by `zero`, is.
+        replicate, shard = (1, -1) if parallel.zero else (-1, 1)
+    given = {"dp_replicate": replicate, "dp_shard": shard, "tp": parallel.tp, "pp": parallel.pp, "cp": parallel.cp}
+    fixed = math.prod(length for length in given.values() if length > 0)
+    rest = [axis for axis, length in given.items() if length < 0]
+    if num_ranks % fixed or (not rest and num_ranks != fixed):
+        raise _misfit(given, fixed, num_ranks, bool(rest))
+    for axis in rest:
+        given[axis] = num_ranks // fixed
+    if given["dp_shard"] > 1 and not parallel.zero:
+        raise ConfigError(
+            f"parallel.dp_shard: {given['dp_shard']} ranks share a model, but parallel.zero is 0: they share nothing",
+            "use parallel.zero=3 (or 1, 2), or parallel.dp_shard=1",
+        )
+    return Dims(**given, ep=parallel.ep, zero=parallel.zero if given["dp_shard"] > 1 else 0)
+
+
+def _misfit(given: dict[str, int], fixed: int, num_ranks: int, rest: bool) -> ConfigError:
+    """The error for a product that does not fit, with the smallest changes that do."""
+    named = {axis: length for axis, length in given.items() if length > 1}
+    product = " x ".join(f"{axis} {length}" for axis, length in named.items()) or "1"
+    how = "does not divide" if rest else "is not"
+    changes = []
+    for axis, length in named.items():
+        for smaller in range(length - 1, 0, -1):
+            if num_ranks % (fixed // length * smaller) == 0 and (rest or fixed // length * smaller == num_ranks):
+                changes.append((smaller / length, f"parallel.{axis}={smaller}"))
+                break
+    more = math.ceil(num_ranks / fixed) * fixed if rest else fixed
+    fixes = [f"{more} ranks (train.processes={more} on one node)"]
+    if changes:
+        fixes.append(max(changes)[1])
+    if not rest:
+        fixes.append("parallel.dp_replicate=-1 where the rest is to see other batches")
+    return ConfigError(
+        f"parallel: {product} = {fixed} {how} the number of ranks, {num_ranks}", "use " + ", or ".join(fixes)
+    )
+
+
+def check_axes(dims: Dims, device: str, has_experts: bool) -> None:
+    """Refuse what no model can be divided by here.
+
+    Args:
+        dims: the axes.
+        device: cpu or cuda.
+        has_experts: whether the model names modules that are experts of a mixture (`expert_modules`).
+
+    Raises:
+        ConfigError: cp or ep is above 1 and cannot be.
+    """
+    if dims.cp > 1 and device == "cpu":
+        raise ConfigError(
+            f"parallel.cp: {dims.cp}, but context parallel is for GPUs: attention over a ring has no CPU kernel",
+            "use parallel.cp=1; on CPUs, parallel.tp with parallel.sequence_parallel divides the sequence",
+        )
+    if dims.cp > 1:
+        raise ConfigError(
+            f"parallel.cp: {dims.cp}, but no model family attends over a ring of GPUs yet",
+            "use parallel.cp=1; parallel.tp with parallel.sequence_parallel divides the sequence between attentions",
+        )
+    if dims.ep > 1 and not has_experts:
+        raise ConfigError(
+            f"parallel.ep: {dims.ep}, but the model has no experts to divide", "use parallel.ep=1 with this model"
+        )
