@@ -13,6 +13,9 @@ import sys
 import pytest
 
 from tests.parallel.fault_ranks import CASES
+from tests.parallel.test_train_ranks import TWO, Run
+from tests.tiny import tiny_dataset
+from trainer.train import inject
 
 pytestmark = pytest.mark.parallel
 
@@ -77,3 +80,12 @@ def test_an_evaluation_in_smaller_batches_is_the_same(outcomes):
     found = outcomes[0]["evaluation"]
     assert found["metrics"] == pytest.approx(outcomes[0]["undisturbed"]["metrics"], abs=1e-6)
     assert found["events"][-1].endswith("evaluations in batches of 4 instead of 8")
+
+
+def test_a_rank_that_aborts_is_named_and_ends_the_job(tmp_path, monkeypatch):
+    monkeypatch.setenv(inject.VARIABLE, "abort@3:rank1")
+    dataset = tiny_dataset(tmp_path / "d", "classify", rows=120).folder
+    with Run(dataset, tmp_path, *TWO) as run:
+        code, output = run.finish()
+        assert (code, "error: rank 1 was ended by SIGABRT" in output) == (128 + signal.SIGABRT, True), output
+        assert run.gone()

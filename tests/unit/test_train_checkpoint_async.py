@@ -10,7 +10,7 @@ import torch
 
 from trainer.errors import StorageError
 from trainer.parallel.group import Ranks
-from trainer.train import writing
+from trainer.train import checkpoint, writing
 from trainer.train.checkpoint import Checkpoints
 from trainer.train.staging import Staging, join, split
 
@@ -159,3 +159,12 @@ def test_a_tree_is_the_same_after_split_and_join_without_what_was_left_out():
     del tensors["/3/x"]
     with pytest.raises(KeyError):
         join(plain, tensors)
+
+
+def test_a_save_too_slow_for_a_preemption_is_told_once_with_its_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "PROMISED_S", 0.0)
+    with checkpoints(tmp_path) as kept:
+        for step in (10, 20):
+            kept.save(step, tree(step), {}, durable=True)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "checkpoint of step 10 took 0." in line

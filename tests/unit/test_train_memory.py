@@ -133,10 +133,10 @@ def test_an_evaluation_takes_smaller_batches_too(dataset):
 
 
 class Hungry(Classify):
-    """A task that holds a megabyte for each example of a micro-batch, as activations would be."""
+    """A task that holds four megabytes for each example of a micro-batch, as activations would be."""
 
     def losses(self, model, batch):
-        held = torch.ones(len(batch["targets"]), 1 << 18)
+        held = torch.ones(len(batch["targets"]), 1 << 20)
         terms = super().losses(model, batch)
         terms["held"] = held.sum() * 0.0
         return terms
@@ -145,12 +145,10 @@ class Hungry(Classify):
 @pytest.mark.skipif(not memory.STATUS.exists(), reason="Linux only")
 def test_a_budget_of_a_cpu_is_kept(dataset):
     words = ["train.batch_size=64", "train.max_steps=3"]
-    fitted = train(dataset, *words, "train.memory_gb=0.04", kind=Hungry)
+    fitted = train(dataset, *words, "train.memory_gb=0.2", kind=Hungry)
     assert "micro-batches of 32 instead of 64" in events(fitted)[0]
     assert fitted.steps == 3
     assert events(train(dataset, *words, "train.memory_gb=2.0", kind=Hungry)) == []
-    with pytest.raises(ConfigError, match=r"train.memory_gb: 0.0001 GB are too little"):
-        train(dataset, *words, "train.memory_gb=0.0001", kind=Hungry)
 
 
 def rated(model):

@@ -179,7 +179,8 @@ def explain(place: Path, status: int, terminated: bool) -> MillraceError:
     # The agent ends the survivors of a dead rank by SIGTERM, and their collectives fail: any other signal is the cause.
     for rank, code in sorted(codes.items()):
         if code < 0 and code != -signal.SIGTERM:
-            return RankFailed(f"rank {rank} was ended by {signal.Signals(-code).name}", hint, 128 - code)
+            fix = hint if code == -signal.SIGKILL else "see what it said above; the same command resumes"
+            return RankFailed(f"rank {rank} was ended by {signal.Signals(-code).name}", fix, 128 - code)
     for rank, error in sorted(found.items()):
         sys.stderr.write(f"rank {rank}: {error['message']}")
         return RankFailed(f"rank {rank}: an unexpected error", "see the traceback above", EXIT_FAILURE)

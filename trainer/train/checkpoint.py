@@ -42,6 +42,8 @@ STATE = "state.json"
 SHARE = 0.02
 # How long a copy to the store may hold up a process that was told to end, or one that is done.
 STORE_GRACE_S, STORE_END_S = 5.0, 600.0
+# Schedulers kill some time after SIGTERM, torchrun after 30 s: a durable save should take less than this.
+PROMISED_S = 10.0
 # How long a save in flight may hold up a process that ends by an error.
 GRACE_S = 5.0
 
@@ -86,6 +88,7 @@ class Checkpoints:
         self._plans: list[Any] = [None] * ranks.size
         self._share: Share | None = None
         self._writing: Writing | None = None
+        self._told = False
         self._last_end = time.monotonic()
         self._last_cost = 0.0
         self._saved_step = -1
@@ -251,7 +254,11 @@ class Checkpoints:
     def _complete(self, writing: Writing) -> None:
         """What the thread of rank 0 does with a checkpoint that is whole: its name, its copy, and which others stay."""
         assert self.folder is not None
-        target = self.folder / retention.name_of(writing.step)
+        target, seconds = self.folder / retention.name_of(writing.step), time.monotonic() - writing.began
+        if seconds > PROMISED_S and not self._told:
+            self._told = True
+            why = f"one on SIGTERM should take less than {PROMISED_S:g} s: give the job more time to end, or a faster disk"
+            log.say(f"checkpoint of step {writing.step} took {seconds:.1f} s to write; {why}")
         if target.exists():
             retention.put_aside(target, "a newer one takes its place")
         writing.temporary.rename(target)

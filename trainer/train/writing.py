@@ -54,6 +54,7 @@ class Writing:
     def __post_init__(self) -> None:
         # Message and hint of what went wrong.
         self.problem: tuple[str, str] | None = None
+        self.began = time.monotonic()
         # Processor time that it took.
         self.cpu_s = 0.0
         self._share_done = threading.Event()
