@@ -131,6 +131,18 @@ def test_attention_with_qk_norm_does_not_depend_on_the_size_of_queries_and_keys(
     torch.testing.assert_close(model(inputs(spec)), before, rtol=1e-3, atol=1e-3)
 
 
+def test_decoder_with_options_learns_in_bfloat16_what_it_learns_in_float32():
+    gradients = []
+    for mixed in (False, True):
+        model, _, spec = with_options()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            logits = model.train()(inputs(spec))
+        logits.float().logsumexp(-1).sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, wanted in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], wanted, rtol=0, atol=0.05 * float(wanted.abs().max()), msg=name)
+
+
 def test_decoder_with_options_is_saved_exported_and_run_in_parts(tmp_path):
     pytest.importorskip("onnxruntime")
     model, config, spec = with_options(layers=3)

@@ -50,6 +50,23 @@ def test_rates_fall_from_the_output_to_the_embedding(family, optimizer):
         assert rate == wanted, name
 
 
+def test_a_part_of_a_model_gets_the_rates_of_the_whole():
+    whole = make(layers=4)
+    wanted = used(whole, layer_decay=0.5, groups=[{"match": "output.*", "lr_scale": 7.0}])
+    names = [name for name, _ in whole.named_parameters()]
+    whole.output = None
+    setattr(whole.blocks, "3", None)
+    train = Train(lr=1.0, layer_decay=0.5, groups=[{"match": "output.*", "lr_scale": 7.0}])
+    of = {
+        parameter: group["lr"]
+        for group in optimizers.build(whole, train, names).param_groups
+        for parameter in group["params"]
+    }
+    assert {name: of[parameter] for name, parameter in whole.named_parameters()} == {
+        name: wanted[name][0] for name, _ in whole.named_parameters()
+    }
+
+
 def test_layers_can_be_told_apart_only_where_there_are_blocks():
     with pytest.raises(ConfigError, match=r"train\.layer_decay: 0\.9, but this model has no blocks"):
         used(make("textcnn"), layer_decay=0.9)

@@ -32,7 +32,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if not eager_cpu(x):
         return functional.rms_norm(x, weight.shape, weight, eps)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    out: Tensor = _RMSNorm.apply(x, weight, eps, dtype)
+    # Queries and keys come in autocast's type, their weight does not.
+    out: Tensor = _RMSNorm.apply(x, weight.to(x.dtype), eps, dtype)
     return out
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,21 +16,33 @@ from torch import Tensor, nn
 
 from trainer import plugins
 from trainer.config import Train
+from trainer.errors import ConfigError
 from trainer.train import rates
 
 Named = Iterable[tuple[str, nn.Parameter]]
 
 
-def build(model: nn.Module, train: Train) -> torch.optim.Optimizer:
+def build(model: nn.Module, train: Train, names: Sequence[str] = ()) -> torch.optim.Optimizer:
     """The optimizer that `train.optimizer` names, for the trainable parameters of a model.
 
     Parameters to which `train.groups` gives a rate of 0 are frozen in the model, and left out.
 
+    Args:
+        model: whole, or this rank's part of it.
+        train: the section.
+        names: all parameters of the whole model, in its order, where `model` is but a part.
+
     Raises:
-        ConfigError: `train.groups` or `train.layer_decay` does not fit the model, or a library is missing.
+        ConfigError: `train.groups` or `train.layer_decay` does not fit the model, a library is missing, or the optimizer
+            cannot work on parameters that are divided among ranks.
     """
     everything = list(model.named_parameters())
-    found = rates.settings([name for name, _ in everything], train)
+    if train.optimizer not in plugins.SHARDABLE and any(hasattr(each, "_local_tensor") for _, each in everything):
+        raise ConfigError(
+            f"train.optimizer: {train.optimizer} needs whole parameters, but section parallel divides them among ranks",
+            f"use one of {', '.join(sorted(plugins.SHARDABLE))}, or parallel.zero=0 and parallel.tp=1",
+        )
+    found = rates.settings(names or [name for name, _ in everything], train)
     rates.freeze(model, found)
     named = [(name, parameter) for name, parameter in everything if parameter.requires_grad]
     optimizer: torch.optim.Optimizer = plugins.load(plugins.OPTIMIZERS[train.optimizer])(named, train)

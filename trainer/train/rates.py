@@ -90,7 +90,7 @@ def freeze(model: nn.Module, found: Mapping[str, Setting]) -> None:
     for name, parameter in model.named_parameters():
         if found[name].lr_scale == 0.0:
             parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    if not any(setting.lr_scale for setting in found.values()):
         raise ConfigError("train.groups: every parameter has a rate of 0", "leave at least one that is trained")
 
 

@@ -1,0 +1,68 @@
+"""Two ranks train as one with every optimizer, and those that can work on shards come to the same there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests.parallel.optimizer_ranks import losses
+from tests.tiny import tiny_dataset
+from trainer import plugins
+
+pytestmark = pytest.mark.parallel
+
+DEADLINE = 180.0
+# The sum of two halves is rounded otherwise than the whole: signs of elements near 0, bytes and bfloat16 make more of that.
+CLOSE = {"lion": 2e-3, "muon": 2e-3, "adamw8bit": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    place = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    try:
+        for rank in range(2):
+            meeting = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            command = [sys.executable, "-m", "tests.parallel.optimizer_ranks", str(place)]
+            started.append(subprocess.Popen(command, env={**os.environ, **meeting}, start_new_session=True))
+        assert [rank.wait(DEADLINE) for rank in started] == [0, 0]
+    finally:
+        for rank in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(rank.pid, signal.SIGKILL)
+            rank.wait()
+    return [json.loads((place / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return tiny_dataset(tmp_path_factory.mktemp("one") / "d", "classify", rows=80)
+
+
+@pytest.mark.parametrize("name", plugins.OPTIMIZERS)
+def test_two_ranks_are_one(ranks, dataset, name):
+    first, second = (rank["losses"][name] for rank in ranks)
+    assert first == second
+    assert first == pytest.approx(losses(dataset, name, 8), abs=CLOSE.get(name, 1e-5))
+    assert len(first) == 6
+
+
+@pytest.mark.parametrize("name", sorted(plugins.SHARDABLE))
+def test_sharded_steps_are_whole_ones(ranks, name):
+    assert max(rank["apart"][name] for rank in ranks) < 1e-6
+
+
+@pytest.mark.parametrize("name", sorted(set(plugins.OPTIMIZERS) - plugins.SHARDABLE))
+def test_what_needs_whole_parameters_is_refused_on_shards(ranks, name):
+    for rank in ranks:
+        assert f"train.optimizer: {name} needs whole parameters" in rank["refused"][name]
