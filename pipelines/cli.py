@@ -65,6 +65,7 @@ def build_parser() -> Parser:
     _add_config(command)
     cli_kfp.add_commands(command)
     cli_render.add_command(command)
+    _add_plan(command)
     _add_doctor(command)
     command("version", "print the version", "version")
     return parser
@@ -100,6 +101,34 @@ def _add_doctor(command: Command) -> None:
     )
     sub.add_argument("--store", metavar="URI", default="", help="store that pods write to (default: cluster.store)")
     sub.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_plan(command: Command) -> None:
+    sub = command("plan", "say what training takes on GPUs: memory, mesh, days and cost; needs no GPU", "plan")
+    sub.add_argument("--preset", metavar="NAME", default="", help="plan for a preset (default: params.yaml)")
+    sub.add_argument("--gpus", metavar="N", type=_count, required=True, help="number of GPUs")
+    sub.add_argument(
+        "--gpu", metavar="KIND", default="h100",
+        help="b200, h200, h100, a100-80, a100-40, l40s, l4, a10g, rtx4090, v100 or t4 (default: h100)",
+    )  # fmt: skip
+    sub.add_argument("--gpus-per-node", metavar="N", type=_count, default=0, help="default: as configured, else 8")
+    sub.add_argument(
+        "--global-batch", metavar="N", type=_count, default=0, help="sequences of a step (default: as configured)"
+    )
+    sub.add_argument("--tokens", metavar="N", default="", help="tokens to train on, such as 300B, for days and cost")
+    sub.add_argument("--steps", metavar="N", default="", help="steps to train for (default: train.max_steps)")
+    sub.add_argument("--price", metavar="USD", type=float, help="price of a GPU-hour (default: a range of the market)")
+    sub.add_argument(
+        "--check", action="store_true", help="take mesh and micro-batch as configured; exit with 2 if they do not fit"
+    )
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    sub.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        default=[],
+        help="override a parameter; what is given of mesh and micro-batch stays as it is",
+    )
 
 
 def _add_run(command: Command) -> None:
@@ -275,9 +304,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(words)
     from trainer.__main__ import exit_status
 
-    modules = {
-        **cli_kfp.COMMANDS, "render": cli_render.MODULE, "checkpoint": cli_checkpoint.MODULE, "lr_find": "pipelines.commands_lr",
-    }  # fmt: skip
+    elsewhere = {"render": cli_render.MODULE, "checkpoint": cli_checkpoint.MODULE}
+    elsewhere |= {"lr_find": "pipelines.commands_lr", "plan": "pipelines.commands_plan"}
+    modules = {**cli_kfp.COMMANDS, **elsewhere}
     module = modules.get(args.handler, "pipelines.commands")
     handler: Callable[[argparse.Namespace], int] = getattr(importlib.import_module(module), args.handler)
     return exit_status(lambda: handler(args))

@@ -1,4 +1,7 @@
-"""Presets: complete, commented configurations in trainer/presets/*.yaml, each with real data it works on."""
+"""Presets: complete, commented configurations in trainer/presets/*.yaml, each with real data it works on.
+
+Those that ask for GPUs (`cluster.gpus_per_node`) are sizes for a cluster: `millrace plan --preset NAME` says what they take.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,11 @@ def text(name: str) -> str:
 def summary(name: str) -> str:
     """The first comment line of a preset, which says what it is."""
     return text(name).splitlines()[0].lstrip("# ")
+
+
+def needs_gpus(name: str) -> bool:
+    """Whether a preset is for a cluster: its model is too large to be trained on a laptop."""
+    return validate(parse_yaml(text(name), name), f"preset {name}").cluster.gpus_per_node > 0
 
 
 def use(name: str, path: Path) -> None:

@@ -150,7 +150,9 @@ def check_code(metrics: dict, folder: Path) -> None:
 CHECKS = {"digits": check_digits, "debian-sections": check_debian, "code-lm": check_code}
 
 
-@pytest.mark.parametrize("name", [name for name in presets.names() if name != presets.DEFAULT])
+@pytest.mark.parametrize(
+    "name", [name for name in presets.names() if name != presets.DEFAULT and not presets.needs_gpus(name)]
+)
 def test_preset_keeps_its_promise(name: str, tmp_path: Path) -> None:
     if name == "debian-sections" and not shutil.which("apt-cache"):
         pytest.skip("no apt on this machine")
