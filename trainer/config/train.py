@@ -101,8 +101,8 @@ class Train(Section):
     """`auto` takes a GPU where there is one."""
     deterministic: bool = True
     """Use only deterministic kernels: the same seed gives the same bits."""
-    threads: int = Field(default=0, ge=0)
-    """CPU threads of each process; 0 shares the cores among the processes. Part of what fixes the bits."""
+    threads: Literal["auto"] | Annotated[int, Field(ge=0)] = 0
+    """CPU threads of each process; 0 shares the cores among the processes, `auto` measures. Part of what fixes the bits."""
     processes: int = Field(default=1, ge=1, le=1024)
     """Local ranks, started by torchrun."""
     eval_every: int = Field(default=0, ge=0)

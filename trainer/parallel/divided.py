@@ -32,6 +32,7 @@ from trainer.parallel.dims import AXES, Dims
 from trainer.parallel.group import Ranks, sum_tensors
 from trainer.parallel.plan import Plan, local
 from trainer.tasks.base import Batch, Task
+from trainer.train import wrapped
 from trainer.train.preempt import Preemption
 
 
@@ -64,7 +65,7 @@ class Divided(Plan):
         self.skeleton = copy.deepcopy(model)
         if self.dims.tp > 1:
             self.partial = tensor.divide(model, self.mesh["tp"], self.params, spec)
-        # Activation checkpointing and compilation of blocks belong here.
+        wrapped.apply(model, self.params.train)
         if self.dims.zero:
             self._shard(model)
         model.to_empty(device=self.device)

@@ -15,6 +15,7 @@ from trainer.config import Params
 from trainer.parallel.dims import Dims, check_axes, resolve
 from trainer.parallel.group import Ranks
 from trainer.tasks.base import Batch, Task
+from trainer.train import wrapped
 from trainer.train.device import autocast
 from trainer.train.preempt import Preemption
 
@@ -56,10 +57,12 @@ class Plan:
             model.to_empty(device=self.device)
         model.to(self.device).train()
         self.ranks.same_parameters(model)
+        wrapped.apply(model, self.params.train)
         return model
 
     def whole(self, model: nn.Module) -> nn.Module:
         """The trained model in one piece on the CPU. Under a plan that divides it: on rank 0, elsewhere without values."""
+        wrapped.undo(model)
         return model.to("cpu")
 
     def like(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -35,6 +35,11 @@ def choose(name: str) -> torch.device:
     return device
 
 
+def num_threads(train: Train) -> int:
+    """CPU threads of each process, where they are not measured."""
+    return train.threads if isinstance(train.threads, int) and train.threads else max(1, num_cores() // train.processes)
+
+
 @contextmanager
 def machine(train: Train) -> Iterator[torch.device]:
     """Set threads and deterministic kernels as `train` says, give the device, and put all back at the end."""
@@ -42,15 +47,16 @@ def machine(train: Train) -> Iterator[torch.device]:
     strict = torch.are_deterministic_algorithms_enabled()
     memory: Any = torch.utils.deterministic
     fill = memory.fill_uninitialized_memory
-    if train.compile:
+    compiles = train.compile is True
+    if compiles:
         check_compiler(train.device)
     else:
         leave_compiler_out()
-    torch.set_num_threads(train.threads or max(1, num_cores() // train.processes))
+    torch.set_num_threads(num_threads(train))
     if train.deterministic:
         # cuBLAS reads this when it starts; without it, deterministic mode refuses to multiply matrices.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        set_deterministic(True, bool(train.compile))
+        set_deterministic(True, compiles)
         memory.fill_uninitialized_memory = False
     try:
         device = choose(train.device)
@@ -58,7 +64,7 @@ def machine(train: Train) -> Iterator[torch.device]:
             yield device
     finally:
         torch.set_num_threads(threads)
-        set_deterministic(strict, bool(train.compile))
+        set_deterministic(strict, compiles)
         memory.fill_uninitialized_memory = fill
 
 

@@ -20,6 +20,7 @@ from trainer.parallel import group
 from trainer.parallel import plan as plans
 from trainer.stage import FREE
 from trainer.tasks.base import Task
+from trainer.train import probe
 from trainer.train.checkpoint import Checkpoints
 from trainer.train.device import machine
 from trainer.train.export import files_of
@@ -85,12 +86,14 @@ def fit(
     start = time.monotonic()
     with machine(params.train) as device, Preemption() as preemption:
         ranks = group.current(device)
-        plan = plans.make(params, ranks, device, model)
         folder = scratch / what if scratch else None
+        # What fixes a run is what was asked for: `auto`, not what it comes to on this host.
+        asked, params = params, probe.settle(params, task, model, ranks, device, preemption, folder, what)
+        plan = plans.make(params, ranks, device, model)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         live: list[Sink] = [Guarded({LIVE: LiveFile(folder / LIVE)})] if folder and ranks.rank == 0 else []
         with (
-            checkpoints_of(params, task, model, folder, ranks, device) as checkpoints,
+            checkpoints_of(asked, task, model, folder, ranks, device) as checkpoints,
             Watch(task, model, params.train, device, ranks.size, [*live, *sinks]) as watch,
         ):
             model = plan.prepare(model, task.spec)

@@ -60,7 +60,6 @@ class Loop:
         self.task = inject.faulty(task, self.ranks.rank, lambda: self.progress.step + 1)
         self.checkpoints, self.preemption, self.watch = checkpoints, preemption, watch
         self.what, self.on_eval, self.on_step = what, on_eval, on_step
-        self.forward_model: nn.Module = torch.compile(model) if self.train.compile else model  # type: ignore[assignment]
         self.optimizer = optimizers.build(model, self.train)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.progress = Progress()
@@ -238,7 +237,7 @@ class Loop:
         sums: dict[str, Tensor] = {}
         for number, (batch, real) in enumerate(batches, 1):
             scale = self._scale / units if real else 0.0
-            terms = self.plan.backward(task, self.forward_model, batch, scale, last=number == len(batches))
+            terms = self.plan.backward(task, self.model, batch, scale, last=number == len(batches))
             if real and self.plan.counts:
                 sums = {name: sums.get(name, 0.0) + term for name, term in terms.items()}
         return sums
