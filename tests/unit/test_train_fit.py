@@ -329,7 +329,7 @@ def test_a_run_that_goes_on_alone_keeps_the_size_of_the_steps_of_two_ranks(datas
 
     def kill(step, *_):
         if step == 5:
-            killed.save()
+            killed.save(durable=True)
             raise Killed
 
     killed = loop(8, kill)

@@ -79,10 +79,10 @@ class Checkpoints:
         self.folder, self.keep, self.ranks, self.identity = folder, keep, ranks, identity
         self.keep_best, self.asynchronous, self.files = keep_best, asynchronous, dict(files or {})
         self.device = device or torch.device("cpu")
+        self.stored = bool(store and folder)
         self.store: Store | None = None
-        if store and folder and ranks.rank == 0:
+        if store and folder and ranks.rank == 0:  # its threads are those of rank 0
             self.store = Store(f"{store.rstrip('/')}/{folder.name}-{identity[:12]}", identity, keep, keep_best)
-        self.stop_s = 0.0
         self._staging = Staging()
         self._layout: Any = None
         self._plans: list[Any] = [None] * ranks.size
@@ -117,6 +117,10 @@ class Checkpoints:
         idle = not (self._writing and self._writing.busy())
         return bool(self.ranks.from_first(idle and time.monotonic() - self._last_end >= cost / SHARE))
 
+    def due_at_end(self) -> bool:
+        """Whether a save at the end of the run is worth its while: a run too short for any is as soon repeated."""
+        return self.stored or (self._saved_step >= 0 and self.due())
+
     @property
     def failed(self) -> bool:
         """Whether the save in flight has failed on this rank; when it has on any, all are to call `settle`."""
@@ -150,18 +154,20 @@ class Checkpoints:
             return
         if step == self._saved_step:
             if durable:
-                self._settle_durably()
+                self.settle()
             return
+        from trainer.train import dcp  # heavy: when first needed, and no part of a save's cost
+
         start = time.monotonic()
         plain, tensors = split(tree)
-        changed = self._new_plan(tensors)
+        changed = dcp.Planner().mine(tensors) if self._is_new(tensors) else None
         busy = self._writing is not None and self._writing.busy()
         # One exchange tells all that must be agreed on.
         replies = self.ranks.gather((busy, self.failed, changed, f"{time.time_ns():x}"))
-        for rank, (_, _, plan, _) in enumerate(replies):
-            self._plans[rank] = plan or self._plans[rank]
-        if any(plan for _, _, plan, _ in replies):
-            self._share = None
+        plans = [plan for _, _, plan, _ in replies]
+        if self._share is None or any(plans):
+            self._plans = [new or old for new, old in zip(plans, self._plans, strict=True)]
+            self._share = dcp.divide(self._plans, self.ranks.rank)
         if any(failed for _, failed, _, _ in replies):
             self.settle()
         if any(busy for busy, _, _, _ in replies):
@@ -172,9 +178,10 @@ class Checkpoints:
         self._writing = Writing(
             step=step,
             temporary=self.folder / f"{retention.UNFINISHED}{target}-{replies[0][3]}",
-            share=self._shared(),
+            share=self._share,
             held=self._held(tensors),
-            files=self._small_files(step, plain, rng),
+            values=self._values(step, plain, rng),
+            files=self.files if self.ranks.rank == 0 else {},
             meta={"identity": self.identity, "step": step},
             record={"time": time.time(), "best": best, "score": dict(score or {}), "ranks": self.ranks.size},
             ranks=(self.ranks.rank, self.ranks.size),
@@ -183,10 +190,7 @@ class Checkpoints:
         )
         self._writing.start()
         self._saved_step = step
-        self.stop_s = time.monotonic() - start
-        if durable:
-            self._settle_durably()
-        elif not self.asynchronous:
+        if durable or not self.asynchronous:
             self.settle()
         self._last_end = time.monotonic()
         self._last_cost = self._last_end - start
@@ -217,39 +221,22 @@ class Checkpoints:
     def _problems(self, writing: Writing) -> list[tuple[str, str]]:
         return [found for found in self.ranks.gather(writing.problem) if found]
 
-    def _settle_durably(self) -> None:
-        self.settle()
-        if self.store:
-            self.store.wait(STORE_GRACE_S)
-
-    def _new_plan(self, tensors: dict[str, Tensor]) -> Any:
-        """What this rank could write, if that differs from the last time, else None."""
-        layout = [(name, t.shape, t.dtype, getattr(t, "placements", None)) for name, t in tensors.items()]
-        if layout == self._layout:
-            return None
-        from trainer.train.dcp import Planner  # heavy: imported when first needed
-
-        self._layout = layout
-        return Planner().mine(tensors)
-
-    def _shared(self) -> Share:
-        if self._share is None:
-            from trainer.train.dcp import divide
-
-            self._share = divide(self._plans, self.ranks.rank)
-        return self._share
+    def _is_new(self, tensors: dict[str, Tensor]) -> bool:
+        """Whether there are other tensors than the last time, or divided otherwise."""
+        before = self._layout
+        self._layout = [(name, t.shape, t.dtype, getattr(t, "placements", None)) for name, t in tensors.items()]
+        return bool(self._layout != before)
 
     def _held(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.asynchronous:
             return self._staging.copy(tensors)
         return {name: local(tensor) for name, tensor in tensors.items()}
 
-    def _small_files(self, step: int, plain: Any, rng: dict[str, Any]) -> dict[str, bytes]:
-        files = {f"rng-{self.ranks.rank:04d}.json": json.dumps(rng).encode()}
+    def _values(self, step: int, plain: Any, rng: dict[str, Any]) -> dict[str, Any]:
+        values = {f"rng-{self.ranks.rank:04d}.json": rng}
         if self.ranks.rank == 0:
-            content = {"step": step, "ranks": self.ranks.size, "tree": plain}
-            files |= {**self.files, STATE: json.dumps(content).encode()}
-        return files
+            values[STATE] = {"step": step, "ranks": self.ranks.size, "tree": plain}
+        return values
 
     def _complete(self, writing: Writing) -> None:
         """What the thread of rank 0 does with a checkpoint that is whole: its name, its copy, and which others stay."""

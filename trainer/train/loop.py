@@ -114,7 +114,7 @@ class Loop:
                 if self.on_step:
                     self.on_step(self.progress.step, self.total, self.model)
             self.guard.at_end(self.progress)
-            if self.checkpoints.due():
+            if self.checkpoints.due_at_end():
                 self.save(durable=True)
             self.checkpoints.settle()
 
@@ -170,7 +170,7 @@ class Loop:
         """Save where it is time to, after the evaluation of the step if there is one."""
         now = self.progress
         periodic = now.step > 0 and now.step % self.train.checkpoint_every == 0
-        best = self.train.keep_best and now.step > 0 and now.step == now.best_step
+        best = self.train.keep_best and now.step == now.best_step >= self.train.checkpoint_every
         if (periodic or best) and self.checkpoints.due():
             self.save()
 

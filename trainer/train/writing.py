@@ -33,7 +33,8 @@ class Writing:
         temporary: folder that is written, the same on all ranks.
         share: what this rank writes.
         held: what this rank holds of the tensors; nobody changes it meanwhile.
-        files: small files by name.
+        values: JSON values by the name of their file; nobody changes them meanwhile.
+        files: other small files by name.
         meta, record: for the manifest.
         ranks: (rank, number of ranks).
         device: where the tensors are.
@@ -44,6 +45,7 @@ class Writing:
     temporary: Path
     share: Share
     held: dict[str, Tensor]
+    values: dict[str, Any]
     files: dict[str, bytes]
     meta: dict[str, Any]
     record: dict[str, Any]
@@ -104,10 +106,11 @@ class Writing:
         from trainer.train.dcp import write
 
         self.temporary.mkdir(parents=True, exist_ok=True)
-        for name, content in self.files.items():
+        small = {**self.files, **{name: json.dumps(value).encode() for name, value in self.values.items()}}
+        for name, content in small.items():
             (self.temporary / name).write_bytes(content)
         pieces = write(self.temporary, self.share, self.held)
-        names = [*self.files, *{piece[4] for piece in pieces}]
+        names = [*small, *{piece[4] for piece in pieces}]
         part = {"pieces": pieces, "sha256": {name: manifest.make_durable(self.temporary / name) for name in names}}
         if rank:
             storage.write_atomic(self.temporary / _part_name(rank), json.dumps(part).encode())

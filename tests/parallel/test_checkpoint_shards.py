@@ -1,0 +1,66 @@
+"""Checkpoints of tensors that two ranks divide: two real ranks over gloo, and this process alone before and after them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.parallel.shard_ranks import ROWS, whole
+from trainer.parallel.group import Ranks
+from trainer.train.checkpoint import Checkpoints
+
+pytestmark = pytest.mark.parallel
+
+DEADLINE = 180.0
+PROPERTIES = ("collectives go on", "the shards come back", "as shards", "generators come back",
+              "a rank reads no more than its shards", "of one process", "an error of one rank",
+              "nothing half is left")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("ranks")
+    with Checkpoints(place / "one", 2, Ranks(), "run") as kept:
+        kept.save(20, {"t": whole(20), "step": 20}, {}, durable=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    try:
+        for rank in range(2):
+            meeting = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            command = [sys.executable, "-m", "tests.parallel.shard_ranks", str(place)]
+            ranks.append(subprocess.Popen(command, env={**os.environ, **meeting}, start_new_session=True))
+        assert [rank.wait(DEADLINE) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(rank.pid, signal.SIGKILL)
+            rank.wait()
+    return place
+
+
+@pytest.mark.parametrize("what", PROPERTIES)
+def test_on_both_ranks(what, place):
+    assert [json.loads((place / f"rank-{rank}.json").read_text())[what] for rank in range(2)] == [True, True]
+
+
+def test_one_process_reads_what_two_have_written(place):
+    found, rng = Checkpoints(place / "two", 2, Ranks(), "run").load()
+    assert rng is None
+    assert found["step"] == 10
+    assert all(torch.equal(found["t"][name], value) for name, value in whole(10).items())
+
+
+def test_each_rank_wrote_its_own_share_and_nothing_twice(place):
+    sizes = [path.stat().st_size for path in sorted(place.glob("two/*/*.distcp"))]
+    assert len(sizes) == 2
+    assert all(abs(size - ROWS * 8) < 20_000 for size in sizes)
