@@ -40,8 +40,8 @@ lint: $(DEV) ## format, lint, types, and that generated files are up to date
 	@$(BIN)/python -m pipelines.golden --check
 	@$(BIN)/python -m pipelines.manifests --check
 
-bench: $(BENCH) ## the numbers of the README, each beside its peer
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python $$file; done
+bench: $(BENCH) ## the numbers of the README and docs, each beside its peer; ONLY="goodput" chooses
+	@set -e; for file in benchmarks/$(or $(ONLY),*).py; do echo "== $$file"; PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python $$file; done
 
 fault: $(DEV) ## the long fault tests (the short ones are part of test): a sample of each grid, all with FULL=1; SEED=... repeats
 	@FULL=$(FULL) SEED=$(SEED) $(BIN)/python -m pytest -n $(JOBS) -m "fault and slow" $(ARGS)

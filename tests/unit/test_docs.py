@@ -177,3 +177,19 @@ def test_makefile_takes_the_pythons_that_the_readme_names() -> None:
     tried = {int(minor) for minor in re.findall(r"python3\.(\d+)(?=[ ;])", makefile.split("endif")[0])}
     assert tried == set(range(int(first), int(last) + 1))
     assert f"not (3, {first}) <= sys.version_info < (3, {int(last) + 1})" in makefile
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_page_says_to_run_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    files = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    for target, names in re.findall(r'make (test|fault|slow|e2e)[^`\n]*ARGS="-k \'?([\w ]+)\'?"', text):
+        for name in re.split(r" or | and ", names):
+            homes = [
+                path for path, code in files.items() if name in path.name or re.search(rf"def test_\w*{name}", code)
+            ]
+            assert homes, f"no test is called {name}"
+            slow = any("pytest.mark.slow" in files[path] and "pytest.mark.fault" in files[path] for path in homes)
+            assert slow or target != "fault", f"`make fault` has no test called {name}"
+    for name in re.findall(r"make bench ONLY=(\w+)", text):
+        assert (ROOT / "benchmarks" / f"{name}.py").is_file()

@@ -28,6 +28,8 @@ SPLITS = ("train", "val", "test")
 PAD, END = 0, 1
 SPECIAL_TOKENS = ("<|pad|>", "<|end|>")
 
+REMAKE = "run the stage preprocess again"
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -83,7 +85,10 @@ class Dataset:
     def labels(self) -> list[str]:
         """Names of the labels, by number; empty for language models."""
         path = self.folder / "labels.json"
-        return list(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
+        try:
+            return list(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
+        except (ValueError, TypeError) as error:
+            raise ArtifactError(f"{path}: not a list of labels: {error}", REMAKE) from None
 
     @property
     def tokenizer_path(self) -> Path:
@@ -98,7 +103,10 @@ class Dataset:
 
         def array(file: str) -> np.ndarray:
             path = folder / f"{file}.npy"
-            return np.load(path, mmap_mode="r", allow_pickle=False) if path.is_file() else np.empty(0, np.int64)
+            try:
+                return np.load(path, mmap_mode="r", allow_pickle=False) if path.is_file() else np.empty(0, np.int64)
+            except ValueError as error:
+                raise ArtifactError(f"{path}: not an array of numbers: {error}", REMAKE) from None
 
         return Split(name, folder, array("tokens"), array("offsets"), array("labels"), array("images"))
 
