@@ -13,6 +13,7 @@ import sys
 import pytest
 
 from tests.parallel.optimizer_ranks import losses
+from tests.plan_cases import Case, run_cases
 from tests.tiny import tiny_dataset
 from trainer import plugins
 
@@ -66,3 +67,22 @@ def test_sharded_steps_are_whole_ones(ranks, name):
 def test_what_needs_whole_parameters_is_refused_on_shards(ranks, name):
     for rank in ranks:
         assert f"train.optimizer: {name} needs whole parameters" in rank["refused"][name]
+
+
+def test_under_a_plan_that_divides_the_model_it_is_the_same(tmp_path):
+    words = ("train.max_steps=6", "train.sophia.every=2", "model.qk_norm=true", "model.bigrams=64", "train.layer_decay=0.8",
+             'train.groups=[{"match": "norm.*", "lr_scale": 0}]')  # fmt: skip
+    plans = {"one": (1,), "zero3": (2, "parallel.zero=3"), "tp2": (2, "parallel.tp=2")}
+    found = run_cases(
+        tmp_path,
+        [
+            Case(f"{name}-{plan}", ranks, (*words, f"train.optimizer={name}", *how))
+            for name, of in {"muon": ["one", "zero3"], "sophia": ["one", "tp2"], "galore": ["zero3"]}.items()
+            for plan, (ranks, *how) in plans.items()
+            if plan in of
+        ],
+    )
+    ran = {name: [float.fromhex(loss) for loss in case.get("losses", [])] for name, case in found.items()}
+    assert ran["muon-zero3"] == pytest.approx(ran["muon-one"], abs=1e-3)
+    assert ran["sophia-tp2"] == pytest.approx(ran["sophia-one"], abs=1e-5)
+    assert "train.optimizer: galore needs whole parameters" in found["galore-zero3"]["error"]
