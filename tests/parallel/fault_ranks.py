@@ -39,6 +39,8 @@ CASES = {
     "stop at a gradient": ("nan-gradient@5:rank0", []),
     "skip": ("nan-loss@5:rank1", ["train.nonfinite.policy=skip"]),
     "rollback": ("nan-gradient@6:rank1", ["train.nonfinite.policy=rollback"]),
+    "divided skip": ("nan-gradient@5:rank0", ["train.nonfinite.policy=skip", "parallel.zero=3"]),
+    "divided rollback": ("nan-loss@6:rank1", ["train.nonfinite.policy=rollback", "parallel.zero=2"]),
     "evaluation": ("", []),
 }
 
@@ -60,7 +62,8 @@ def outcome(dataset: Dataset, words: list[str], kind: type[Classify]) -> dict:
     digests = []
 
     def digest(*_) -> None:
-        content = b"".join(value.numpy().tobytes() for value in model.state_dict().values())
+        whole = [getattr(value, "full_tensor", lambda value=value: value)() for value in model.state_dict().values()]
+        content = b"".join(value.detach().numpy().tobytes() for value in whole)
         digests.append(hashlib.sha256(content).hexdigest())
 
     try:

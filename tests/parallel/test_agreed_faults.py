@@ -69,8 +69,9 @@ def test_the_rank_and_the_parameter_at_fault_are_named_on_both(outcomes):
         assert outcomes[0][case]["digests"] == outcomes[0]["undisturbed"]["digests"][:4]
 
 
-def test_a_refused_step_changes_no_weight_on_any_rank(outcomes):
-    skip, rollback = outcomes[1]["skip"]["digests"], outcomes[1]["rollback"]["digests"]
+@pytest.mark.parametrize("how", ["", "divided "])
+def test_a_refused_step_changes_no_weight_on_any_rank(outcomes, how):
+    skip, rollback = outcomes[1][f"{how}skip"]["digests"], outcomes[1][f"{how}rollback"]["digests"]
     assert skip[4] == skip[3] != skip[5]
     assert rollback[5] == rollback[3] != rollback[4]
     assert len(set(rollback)) == len(rollback) - 1
@@ -88,4 +89,21 @@ def test_a_rank_that_aborts_is_named_and_ends_the_job(tmp_path, monkeypatch):
     with Run(dataset, tmp_path, *TWO) as run:
         code, output = run.finish()
         assert (code, "error: rank 1 was ended by SIGABRT" in output) == (128 + signal.SIGABRT, True), output
+        assert run.gone()
+
+
+def test_where_ranks_meet_inside_of_a_pass_the_job_starts_again_with_less(tmp_path, monkeypatch):
+    monkeypatch.setenv(inject.VARIABLE, "oom@8:rank1:over2")
+    dataset = tiny_dataset(tmp_path / "d", "classify", rows=120).folder
+    words = ["parallel.zero=3", "train.max_steps=12", "train.eval_every=12", "train.checkpoint_every=2"]
+    with Run(dataset, tmp_path, *TWO, *words) as run:
+        code, output = run.finish()
+        assert code == 0, output
+        assert output.count("starting again from the newest checkpoint, with less") == 1, output
+        assert "resuming from checkpoint step-" in output
+        rows = [json.loads(line) for line in (run.out / "history.jsonl").read_text().splitlines()]
+        (event,) = [row for row in rows if "event" in row]
+        assert event["event"] == "started again with less memory: micro_batch=2"
+        assert event["step"] > 0
+        assert [row["step"] for row in rows if "train_loss" in row] == list(range(1, 13))
         assert run.gone()

@@ -64,9 +64,7 @@ class Loop:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.progress = Progress()
         self.guard = Guard(self.train, model, self.optimizer, self.ranks, what)
-        self.memory = Memory(
-            self.train, model, self.optimizer, self.ranks, self.device, checkpoints.folder, what, plan.size
-        )
+        self.memory = Memory(self.train, model, self.optimizer, plan, checkpoints.folder, what)
         self.best: dict[str, Tensor] = {}
         block = self.train.batch_size * self.train.accumulation * plan.size
         self._set_block(growth.first_block(self.train, block))
@@ -219,7 +217,7 @@ class Loop:
             Again: a rank had too little memory; all will take less at a time.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        terms = self.memory.attempt(lambda: self._backward(batches, units, task))
+        terms = self.memory.attempt(self.progress, lambda: self._backward(batches, units, task), self.memory.adapt)
         mine = [float(torch.stack(list(terms.values())).sum()) if terms else 0.0, terms is None]
         total, short = self.ranks.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
         if terms is None or short:
@@ -239,7 +237,7 @@ class Loop:
             scale = self._scale / units if real else 0.0
             terms = self.plan.backward(task, self.model, batch, scale, last=number == len(batches))
             if real and self.plan.counts:
-                sums = {name: sums.get(name, 0.0) + term for name, term in terms.items()}
+                sums |= {name: sums.get(name, 0.0) + term for name, term in terms.items()}
         return sums
 
     def _finite(self, loss: float, norm: float, terms: dict[str, Tensor]) -> bool:
@@ -270,7 +268,7 @@ class Loop:
         rate = schedules.factor(*place, self.train) * now.lr_scale
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
-        with self.memory.alone(now, self.memory.adapt_update):
+        with self.memory.update(now):
             self.optimizer.step()
         self.plan.same_buffers(self.model)
         if self.train.precision == "fp16" and now.scale_steps >= GROW_EVERY:
@@ -327,9 +325,13 @@ class Loop:
     def _measure(self) -> dict[str, float]:
         """Metrics of the validation split: each rank takes a share of the batches; SIGTERM ends it."""
         now, total = self.progress, None
-        size = self.memory.evaluation_batch(now)
+
+        def tally() -> list[float]:
+            size = self.memory.evaluation_batch(now)
+            return self.plan.total(self.task, self.model, size, self.preemption).tolist()
+
         try:
-            total = self.memory.attempt(lambda: self.plan.total(self.task, self.model, size, self.preemption).tolist())
+            total = self.memory.attempt(now, tally, self.memory.adapt_evaluation)
         except Interrupted:
             pass
         parts = self.ranks.gather((total, self.preemption.asked))

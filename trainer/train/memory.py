@@ -15,14 +15,14 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 
 from trainer import log, storage
 from trainer.config import Train
 from trainer.errors import ConfigError, OutOfMemory
-from trainer.parallel.group import Ranks
+from trainer.parallel.plan import Plan
 from trainer.train import offload
 from trainer.train.state import Progress
 
@@ -48,11 +48,9 @@ class Memory:
         train: the section.
         model: as it is trained.
         optimizer: its optimizer.
-        ranks: the ranks that train along.
-        device: this rank's.
+        plan: the ranks that train along, and this one's device.
         folder: where what was learnt is kept for a restart; None where there is no scratch folder.
         what: the name that messages use.
-        num_data: number of ranks, or groups of ranks, that see different batches.
 
     Raises:
         ConfigError: the section asks for what this machine cannot do.
@@ -63,27 +61,24 @@ class Memory:
         train: Train,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
-        ranks: Ranks,
-        device: torch.device,
+        plan: Plan,
         folder: Path | None,
         what: str,
-        num_data: int,
     ) -> None:
-        self.num_data = num_data
-        self.train, self.model, self.optimizer, self.ranks = train, model, optimizer, ranks
-        self.device, self.folder, self.what = device, folder, what
+        self.train, self.model, self.optimizer, self.plan = train, model, optimizer, plan
+        self.ranks, self.device, self.folder, self.what = plan.ranks, plan.device, folder, what
         self._offloaded = False
         if train.offload == "optimizer":
             self._offload()
         self._before = 0
         if train.memory_gb:
-            self._before = limit(device, train.memory_gb)
+            self._before = limit(plan.device, train.memory_gb)
 
     # -- how much at a time -----------------------------------------------------------------------------------------
 
     def micro_batch(self, now: Progress) -> int:
         """Examples of a micro-batch of one rank."""
-        return min(now.memory.get("micro_batch", self.train.batch_size), -(-now.block // self.num_data))
+        return min(now.memory.get("micro_batch", self.train.batch_size), -(-now.block // self.plan.size))
 
     def evaluation_batch(self, now: Progress) -> int:
         """Examples of a batch of an evaluation."""
@@ -91,11 +86,17 @@ class Memory:
 
     # -- shortage ---------------------------------------------------------------------------------------------------
 
-    def attempt(self, work: Callable[[], Made]) -> Made | None:
+    def attempt(self, now: Progress, work: Callable[[], Made], adapt: Callable[[Progress], None]) -> Made | None:
         """What `work` gives; None if memory was too short for it. All ranks are to agree on that before they go on.
+
+        Args:
+            now: the state of the run.
+            work: what may need too much.
+            adapt: has it need less the next time.
 
         Raises:
             ConfigError: memory was too short, and `train.out_of_memory` is `stop`.
+            OutOfMemory: memory was too short where ranks meet inside of `work`.
         """
         made: Made | None = None
         try:
@@ -106,11 +107,15 @@ class Memory:
                 raise
             # Not the error itself: its frames hold on to what has filled the memory.
             short = str(error).split("\n")[0]
-        if short and self.train.out_of_memory == "stop":
+        if not short:
+            return made
+        if self.train.out_of_memory == "stop":
             size, number = self.train.batch_size // 2, self.train.accumulation * 2
             fix = f"train.batch_size={size} train.accumulation={number}, or train.out_of_memory=adapt" if size else MORE
             raise ConfigError(f"{self.what}: too little memory: {short}", fix)
-        return None if short else made
+        if self.plan.lockstep and self.ranks.size > 1:
+            self._restart(now, adapt)
+        return None
 
     def adapt(self, now: Progress) -> None:
         """Make do with less in a step; every rank does the same.
@@ -149,26 +154,34 @@ class Memory:
         self._say(now, f"evaluations in batches of {size // 2} instead of {size}")
 
     @contextmanager
-    def alone(self, now: Progress, adapt: Callable[[Progress], None]) -> Iterator[None]:
-        """Where this rank cannot ask the others: what was learnt is written down, and the job starts again with it.
-
-        Args:
-            now: the state of the run.
-            adapt: changes it so that less is needed.
+    def update(self, now: Progress) -> Iterator[None]:
+        """Around an update of the weights: some may be changed and others not when memory is found to be too short.
 
         Raises:
             OutOfMemory: memory was too short inside.
         """
         try:
             yield
+            return
         except (RuntimeError, MemoryError) as error:
-            if self.train.out_of_memory == "stop" or not is_shortage(error) or not self.folder:
+            if self.train.out_of_memory == "stop" or not is_shortage(error):
                 raise
-            adapt(now)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            storage.write_atomic(self.folder / LEARNT, json.dumps(now.memory).encode())
-            message = f"{self.what}: too little memory at step {now.step + 1}, and no way to begin that step again"
-            raise OutOfMemory(message, "the same command goes on from the newest checkpoint with less") from None
+        self._restart(now, self.adapt_update)
+
+    def _restart(self, now: Progress, adapt: Callable[[Progress], None]) -> NoReturn:
+        """This rank cannot ask the others: what was learnt is written down, and the job starts again with it.
+
+        Raises:
+            OutOfMemory: always, but where there is no folder to write to.
+            ConfigError: there is none, or nothing left to try.
+        """
+        adapt(now)
+        message = f"{self.what}: too little memory at step {now.step + 1}, where the step cannot be begun again"
+        if not self.folder:
+            raise ConfigError(message, MORE)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        storage.write_atomic(self.folder / LEARNT, json.dumps(now.memory).encode())
+        raise OutOfMemory(message, "the same command goes on from the newest checkpoint with less")
 
     def recall(self, now: Progress) -> None:
         """Begin with what was learnt: by the run that this one resumes, or by the attempt before this one."""
@@ -176,8 +189,13 @@ class Memory:
         if self.ranks.rank == 0 and self.folder:
             with suppress(OSError, ValueError):
                 found = json.loads((self.folder / LEARNT).read_text(encoding="utf-8"))
+        learnt = {**now.memory}
         for name, value in self.ranks.from_first(found).items():
-            now.memory[name] = min(value, now.memory.get(name, value))
+            learnt[name] = min(value, learnt.get(name, value))
+        if learnt != now.memory:
+            now.memory = learnt
+            done = ", ".join(f"{name}={value}" for name, value in learnt.items())
+            now.history.append({"step": now.step, "event": f"started again with less memory: {done}"})
         self._apply(now)
 
     def _say(self, now: Progress, done: str) -> None:
