@@ -18,7 +18,7 @@ from trainer.planner.memory import memory
 from trainer.planner.shape import shape_of
 from trainer.planner.states import optimizer_of
 from trainer.tasks.token_loss import ELEMENTS
-from trainer.train import optimizers
+from trainer.train import optimizers, wrapped
 from trainer.train.device import autocast
 
 # A step outside of the loop, which keeps the best weights, on a CPU.
@@ -35,6 +35,8 @@ CASES = {
     "wide": ("wide", {}),
     "wide, bf16, muon": ("wide", {"precision": "bf16", "optimizer": "muon"}),
     "wide, recomputed": ("wide", {"recompute": {"mode": "blocks"}}),
+    "wide, every other recomputed": ("wide", {"recompute": {"mode": "blocks", "every": 2}}),
+    "deep, selective": ("deep", {"recompute": {"mode": "selective"}}),
     "deep, accumulated, sgd": ("deep", {"accumulation": 2, "optimizer": "sgd"}),
     "deep, bf16, recomputed": ("deep", {"precision": "bf16", "recompute": {"mode": "blocks"}}),
     "vocabulary, bf16": ("vocabulary", {"precision": "bf16"}),
@@ -84,8 +86,7 @@ def steps(params, dataset) -> None:
     shape, train = shape_of(params), params.train
     task = tasks.build(params, dataset)
     model = models.build(params.model, Spec("lm", vocab_size=shape.vocab, max_length=shape.length))
-    if train.recompute.mode == "blocks":
-        recompute(model)
+    wrapped.apply(model, train)
     optimizer = optimizers.build(model, train)
     for _ in range(2):
         optimizer.zero_grad(set_to_none=True)
@@ -96,14 +97,6 @@ def steps(params, dataset) -> None:
                 loss = torch.stack(list(task.losses(model, batch).values())).sum()
             loss.backward()
         optimizer.step()
-
-
-def recompute(model) -> None:
-    """Recompute every block."""
-    from torch.utils.checkpoint import checkpoint
-
-    for block in model.blocks:
-        block.forward = lambda *inputs, inner=block.forward: checkpoint(inner, *inputs, use_reentrant=False)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -121,7 +114,7 @@ def test_the_loss_is_planned_for_as_it_is_made_on_a_gpu() -> None:
 def layout_of(params) -> Layout:
     train = params.train
     return Layout(
-        batch=train.batch_size, accumulation=train.accumulation, recompute=train.recompute.mode,
+        batch=train.batch_size, accumulation=train.accumulation, recompute=train.recompute.mode, every=train.recompute.every,
         precision=train.precision, optimizer=optimizer_of(train),
     )  # fmt: skip
 

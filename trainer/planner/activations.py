@@ -6,6 +6,7 @@ those of Korthikanti et al. 2022, section 4, for a Llama block under autocast, w
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from trainer.planner.layout import Layout
@@ -106,5 +107,5 @@ def kept_per_token(shape: Shape, layout: Layout, habits: Habits = OURS) -> tuple
     if layout.recompute == "selective":
         return per_token(selective_tensors(shape, layout, habits), layout) * blocks, full
     held = per_token(block_tensors(shape, layout, habits)[:1], layout)
-    again = blocks / layout.every
+    again = math.ceil(blocks / layout.every)
     return held * again + full * (blocks - again), full
