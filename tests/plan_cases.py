@@ -51,6 +51,7 @@ class Case:
         source: another's scratch, which this one's is a copy of at first.
         batch: examples of a micro-batch; 0 makes a step take `BATCH` examples.
         stop: step after which it ends as if it were killed; 0 goes to the end.
+        term: step after which the last rank, and none else, gets SIGTERM; 0 is never.
     """
 
     name: str
@@ -61,14 +62,17 @@ class Case:
     source: str = ""
     batch: int = 0
     stop: int = 0
+    term: int = 0
 
 
 class Stopped(Exception):
     """The step at which a case ends has come."""
 
 
-def run_cases(folder: Path, cases: Iterable[Case], deadline_s: float = 240.0) -> dict[str, dict[str, Any]]:
-    """Run cases; their results by name.
+def run_cases(
+    folder: Path, cases: Iterable[Case], deadline_s: float = 240.0, module: str = "tests.plan_cases"
+) -> dict[str, dict[str, Any]]:
+    """Run cases; their results by name. A rank is `python -m MODULE FOLDER`, which calls `main`.
 
     A result has `losses`, `norms` and `evaluations` (as `float.hex`), `weights` (a digest), `resumed` (the step) and
     `error` (what a MillraceError said).
@@ -93,7 +97,7 @@ def run_cases(folder: Path, cases: Iterable[Case], deadline_s: float = 240.0) ->
     try:
         for rank in range(max(case.ranks for case in cases)):
             with open(folder / f"log-{rank}.txt", "wb") as log:
-                command = [sys.executable, "-m", "tests.plan_cases", str(folder)]
+                command = [sys.executable, "-m", module, str(folder)]
                 process = subprocess.Popen(
                     command,
                     env={**environment, "RANK": str(rank)},
@@ -179,6 +183,8 @@ def train(folder: Path, case: Case) -> dict[str, Any]:
         steps.append(step)
         if step == case.stop:
             raise Stopped
+        if step == case.term and rank == case.ranks - 1:
+            signal.raise_signal(signal.SIGTERM)
 
     fitted = fit(params, task, model, scratch=scratch, on_step=on_step)
     if rank:

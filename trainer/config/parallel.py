@@ -15,7 +15,9 @@ class Pipeline(Section):
     schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
     """GPipe (Huang et al. 2019), 1F1B (Narayanan et al. 2019) or interleaved 1F1B (Narayanan et al. 2021)."""
     microbatches: int = Field(default=0, ge=0)
-    """Parts that a micro-batch is cut into; 0 takes twice the number of stages."""
+    """Parts that a micro-batch is cut into; 0 takes twice `parallel.pp`."""
+    stages: int = Field(default=2, ge=2)
+    """Stages of each rank with `interleaved`; the other schedules have one."""
 
 
 class Nccl(Section):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,11 +48,16 @@ class Divided(Plan):
         self.at = dict(zip(AXES, self.mesh.get_coordinate() or (), strict=True))
         self.rank = self.at["dp_replicate"] * dims.dp_shard + self.at["dp_shard"]
         self.size = dims.data
+        self.stream = self.rank
         self.counts = self.at["tp"] == 0 and self.at["pp"] == 0
         self.data_group = self.mesh["dp_replicate", "dp_shard"]._flatten("dp").get_group()
         limit(self.data_group, params.parallel.timeout_s)
         # Replicated parameters of which each rank along tp sees a part only: their gradients are summed along tp.
         self.partial: list[str] = []
+        # Parameters that another stage has too, and names of those that only other stages have.
+        self.copies: set[str] = set()
+        self.elsewhere: set[str] = set()
+        self.spans: list[tuple[int, int]] | None = None
         self.parameters: dict[str, nn.Parameter] = {}
         self.skeleton = nn.Module()
 
@@ -63,30 +69,38 @@ class Divided(Plan):
         values = {name: value.detach() for name, value in _named(model)} if first else {}
         model.to("meta").train()
         self.skeleton = copy.deepcopy(model)
+        self.take(model)
         if self.dims.tp > 1:
-            self.partial = tensor.divide(model, self.mesh["tp"], self.params, spec)
+            self.partial = tensor.divide(model, self.mesh["tp"], self.params, spec, self.spans)
         wrapped.apply(model, self.params.train)
         if self.dims.zero:
             self._shard(model)
         model.to_empty(device=self.device)
-        for name, value in _named(model):
+        mine = dict(_named(model))
+        for name, value in _named(self.skeleton):
             whole = (
                 values[name].to(self.device)
                 if first
                 else torch.empty(value.shape, dtype=value.dtype, device=self.device)
             )
             dist.broadcast(whole.contiguous(), 0)
-            with torch.no_grad():
-                local(value).copy_(part_of(whole, value))
+            if name in mine:
+                with torch.no_grad():
+                    local(mine[name]).copy_(part_of(whole, mine[name]))
         self.parameters = dict(model.named_parameters())
+        self.elsewhere = {name for name, _ in _named(self.skeleton)} - set(mine)
         return model
+
+    def take(self, model: nn.Module) -> None:
+        """Leave out of a model what other ranks have of its blocks: nothing."""
 
     def _shard(self, model: nn.Module) -> None:
         """FSDP2 on each block, then on the rest."""
         axes = ("dp_replicate", "dp_shard") if self.dims.dp_replicate > 1 else ("dp_shard",)
         mesh, reshard = self.mesh[axes], self.dims.zero == 3
         for block in getattr(model, "blocks", ()):
-            fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
+            if block is not None:
+                fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
         fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -96,15 +110,20 @@ class Divided(Plan):
 
     def whole(self, model: nn.Module) -> nn.Module:
         """The trained model in one piece on the CPU of rank 0; elsewhere its shape, on the meta device."""
-        values = {}
-        for name, value in model.state_dict().items():
-            full = value.full_tensor() if isinstance(value, DTensor) else value
-            values[name] = full.detach().cpu()
+        values = self.values(model)
         if self.ranks.rank == 0:
             self.skeleton.load_state_dict(values, assign=True)
         return self.skeleton
 
-    def like(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
+    def values(self, model: nn.Module) -> dict[str, Tensor]:
+        """The undivided weights and buffers of this rank's model, on the CPU."""
+        values = {}
+        for name, value in model.state_dict().items():
+            full = value.full_tensor() if isinstance(value, DTensor) else value
+            values[name] = full.detach().cpu()
+        return values
+
+    def like(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor | None:
         """A DTensor divided as the parameter is that the name contains, for itself and what has its shape."""
         parameter = next((self.parameters[part] for part in name.split("/") if part in self.parameters), None)
         if isinstance(parameter, DTensor) and parameter.shape == size:
@@ -120,11 +139,15 @@ class Divided(Plan):
 
     def backward(self, task: Task, model: nn.Module, batch: Batch, scale: float, *, last: bool) -> dict[str, Tensor]:
         """Forward and backward pass; FSDP sums gradients as `parallel.zero` says."""
+        self.synchronise(model, last)
+        return super().backward(task, model, batch, scale, last=last)
+
+    def synchronise(self, model: nn.Module, last: bool) -> None:
+        """Tell FSDP, if there is, whether the next backward pass is the last of a step."""
         if isinstance(model, FSDPModule):
             model.set_is_last_backward(last)
             model.set_requires_gradient_sync(last or self.dims.zero > 1)
             model.set_reshard_after_backward(last or self.dims.zero == 3)
-        return super().backward(task, model, batch, scale, last=last)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """What FSDP has not summed: over the data ranks without ZeRO, over tp where each rank sees a part."""
@@ -142,7 +165,8 @@ class Divided(Plan):
 
     def norm(self, parameters: Iterable[nn.Parameter]) -> float:
         """From each rank the squares of what it holds, of copies one: summed over all ranks."""
-        mine = [local(p.grad) for p in parameters if p.grad is not None and self._speaks_for(p)]
+        twice = {id(self.parameters[name]) for name in self.copies}
+        mine = [local(p.grad) for p in parameters if p.grad is not None and self._speaks_for(p) and id(p) not in twice]
         mine = [gradient for gradient in mine if gradient.numel()]
         square = torch.zeros((), dtype=torch.float64)
         if mine:
@@ -174,7 +198,15 @@ class Divided(Plan):
             preemption.poll()
 
         try:
-            tally = task.total(model, "val", batch_size, shard=(self.rank, self.size), poll=poll, lockstep=True)
+            tally = task.total(
+                model,
+                "val",
+                batch_size,
+                shard=(self.rank, self.size),
+                poll=poll,
+                lockstep=True,
+                tally=partial(self.tally, task, model),
+            )
         finally:
             # The weights that the evaluation has gathered are divided again.
             for module in model.modules():

@@ -27,17 +27,21 @@ class Plan:
         dims: the lengths of the axes.
         rank: this rank's place among those that see different batches; ranks that share a batch have the same.
         size: number of those.
+        stream: number of this rank's random numbers; ranks that make the same of the same batch have the same.
         counts: whether this rank's units, losses and tallies count in sums over all ranks: of the ranks that see the
             same batch, one does.
         lockstep: whether a forward pass needs other ranks: then all make equally many.
+        names: of all parameters of the whole model, where this rank has but some of them.
     """
 
     counts = True
     lockstep = False
+    names: tuple[str, ...] = ()
 
     def __init__(self, params: Params, dims: Dims, ranks: Ranks, device: torch.device) -> None:
         self.params, self.dims, self.ranks, self.device = params, dims, ranks, device
         self.rank, self.size = ranks.rank, ranks.size
+        self.stream = ranks.rank
 
     # -- the model --------------------------------------------------------------------------------------------------
 
@@ -65,8 +69,8 @@ class Plan:
         wrapped.undo(model)
         return model.to("cpu")
 
-    def like(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
-        """The empty tensor into which a checkpoint's tensor is read: of this rank's part, where it has but a part.
+    def like(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        """The empty tensor into which a checkpoint's tensor is read: of this rank's part, where it has but a part, or None.
 
         Args:
             name: the tensor's name in the checkpoint, such as `/optimizer/norm.weight/exp_avg`.
@@ -129,6 +133,10 @@ class Plan:
         """
         return task.total(model, "val", batch_size, shard=(self.rank, self.size), poll=preemption.poll)
 
+    def tally(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
+        """The task's tally of a batch; empty where this rank has no logits."""
+        return task.tally(task.forward(model, batch).float(), batch).cpu()
+
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, sharing its memory; a tensor that is not divided, itself."""
@@ -150,4 +158,8 @@ def make(params: Params, ranks: Ranks, device: torch.device, model: nn.Module) -
         return Plan(params, dims, ranks, device)
     from trainer.parallel.divided import Divided  # FSDP and DTensor: heavy, imported when first needed
 
-    return Divided(params, dims, ranks, device)
+    if dims.pp == 1:
+        return Divided(params, dims, ranks, device)
+    from trainer.parallel.staged import Staged
+
+    return Staged(params, dims, ranks, device)

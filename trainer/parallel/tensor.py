@@ -25,7 +25,9 @@ from trainer.errors import ConfigError
 from trainer.tasks.classify import ROUND
 
 
-def divide(model: nn.Module, mesh: DeviceMesh, params: Params, spec: Spec) -> list[str]:
+def divide(
+    model: nn.Module, mesh: DeviceMesh, params: Params, spec: Spec, spans: list[tuple[int, int]] | None = None
+) -> list[str]:
     """Divide a model in place, on the meta device.
 
     Args:
@@ -33,6 +35,7 @@ def divide(model: nn.Module, mesh: DeviceMesh, params: Params, spec: Spec) -> li
         mesh: the axis tp.
         params: sections `model` and `parallel`.
         spec: the shape of the examples.
+        spans: the blocks of each stage of this rank's, if it has but some; the whole sequence enters and leaves a span.
 
     Returns:
         Names of the parameters that every rank holds, but of whose gradient it has a part only: to be summed over tp.
@@ -51,12 +54,13 @@ def divide(model: nn.Module, mesh: DeviceMesh, params: Params, spec: Spec) -> li
     sequence = params.parallel.sequence_parallel
     blocks: Any = model.blocks
     names: list[str] = []
-    for index, block in enumerate(blocks):
-        names += [f"blocks.{index}.{name}" for name in FAMILIES[family](block, mesh, sequence)]
-    if sequence:
-        blocks[0].register_forward_pre_hook(partial(_scatter, mesh))
-        blocks[-1].register_forward_hook(partial(_gather, mesh))
-    if family == "decoder" and model.output is not None:
+    for first, end in spans or [(0, len(blocks))]:
+        for index in range(first, end):
+            names += [f"blocks.{index}.{name}" for name in FAMILIES[family](blocks[index], mesh, sequence)]
+        if sequence:
+            blocks[first].register_forward_pre_hook(partial(_scatter, mesh))
+            blocks[end - 1].register_forward_hook(partial(_gather, mesh))
+    if getattr(model, "output", None) is not None and family == "decoder":
         parallelize_module(model, mesh, {"output": ColwiseParallel(output_layouts=Replicate())})
     return names
 

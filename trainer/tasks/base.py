@@ -134,6 +134,7 @@ class Task(ABC):
         shard: tuple[int, int] = (0, 1),
         poll: Callable[[], None] = lambda: None,
         lockstep: bool = False,
+        tally: Callable[[Batch], Tensor] | None = None,
     ) -> Tensor:
         """The tally of a split, or of every n-th batch of it.
 
@@ -144,6 +145,7 @@ class Task(ABC):
             shard: (rank, ranks): this rank takes the batches rank, rank + ranks, ...
             poll: called after each batch; an exception that it raises ends the evaluation.
             lockstep: all ranks run the model equally often, since it needs them all; without a batch, for nothing.
+            tally: makes the tally of a batch where the model alone cannot.
         """
         count = self.num_examples(split)
         lengths = self.lengths(split)
@@ -158,7 +160,7 @@ class Task(ABC):
                     break
                 rows = index[start : start + batch_size] if start < count else index[:1]
                 batch = to_device(self.batch(split, rows), device)
-                part = self.tally(self.forward(model, batch).float(), batch).cpu()
+                part = tally(batch) if tally else self.tally(self.forward(model, batch).float(), batch).cpu()
                 if start < count:
                     total = part if not total.numel() else total + part
                 poll()

@@ -31,7 +31,7 @@ from trainer.errors import ArtifactError, MillraceError, StorageError
 from trainer.parallel.group import Ranks
 from trainer.train import retention
 from trainer.train.remote import Store
-from trainer.train.staging import Staging, join, local, split
+from trainer.train.staging import Staging, join, local, merge, split
 from trainer.train.writing import Writing
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Checkpoints:
         store: URI under which complete ones are copied; empty copies none.
         files: files for each checkpoint, by name: what `millrace checkpoint export` needs besides the tensors.
         device: where the tensors are.
+        parts: ranks have different parts of the tree, by name.
     """
 
     def __init__(
@@ -75,10 +76,11 @@ class Checkpoints:
         store: str = "",
         files: Mapping[str, bytes] | None = None,
         device: torch.device | None = None,
+        parts: bool = False,
     ) -> None:
         self.folder, self.keep, self.ranks, self.identity = folder, keep, ranks, identity
         self.keep_best, self.asynchronous, self.files = keep_best, asynchronous, dict(files or {})
-        self.device = device or torch.device("cpu")
+        self.device, self.parts = device or torch.device("cpu"), parts
         self.stored = bool(store and folder)
         self.store: Store | None = None
         if store and folder and ranks.rank == 0:  # its threads are those of rank 0
@@ -163,14 +165,14 @@ class Checkpoints:
         changed = dcp.Planner().mine(tensors) if self._is_new(tensors) else None
         busy = self._writing is not None and self._writing.busy()
         # One exchange tells all that must be agreed on.
-        replies = self.ranks.gather((busy, self.failed, changed, f"{time.time_ns():x}"))
-        plans = [plan for _, _, plan, _ in replies]
+        replies = self.ranks.gather((busy, self.failed, changed, f"{time.time_ns():x}", plain if self.parts else None))
+        plans = [reply[2] for reply in replies]
         if self._share is None or any(plans):
             self._plans = [new or old for new, old in zip(plans, self._plans, strict=True)]
             self._share = dcp.divide(self._plans, self.ranks.rank)
-        if any(failed for _, failed, _, _ in replies):
+        if any(failed for _, failed, *_ in replies):
             self.settle()
-        if any(busy for busy, _, _, _ in replies):
+        if any(busy for busy, *_ in replies):
             if not durable:
                 return
             self.settle()
@@ -180,7 +182,7 @@ class Checkpoints:
             temporary=self.folder / f"{retention.UNFINISHED}{target}-{replies[0][3]}",
             share=self._share,
             held=self._held(tensors),
-            values=self._values(step, plain, rng),
+            values=self._values(step, merge([reply[4] for reply in replies]) if self.parts else plain, rng),
             files=self.files if self.ranks.rank == 0 else {},
             meta={"identity": self.identity, "step": step},
             record={"time": time.time(), "best": best, "score": dict(score or {}), "ranks": self.ranks.size},

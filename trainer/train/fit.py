@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from trainer.artifacts.manifest import canonical
@@ -93,12 +92,12 @@ def fit(
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         live: list[Sink] = [Guarded({LIVE: LiveFile(folder / LIVE)})] if folder and ranks.rank == 0 else []
         with (
-            checkpoints_of(asked, task, model, folder, ranks, device) as checkpoints,
+            checkpoints_of(asked, task, model, folder, plan) as checkpoints,
             Watch(task, model, params.train, device, ranks.size, [*live, *sinks]) as watch,
         ):
             model = plan.prepare(model, task.spec)
             loop = Loop(params, task, model, plan, checkpoints, preemption, what, on_eval, on_step, watch)
-            seed_all(params.train.seed, plan.rank)
+            seed_all(params.train.seed, plan.stream)
             loop.resume()
             loop.run()
         if loop.best:
@@ -110,21 +109,20 @@ def fit(
     return Fitted(model, done.history, done.best_metrics, done.step, done.best_step, time.monotonic() - start)
 
 
-def checkpoints_of(
-    params: Params, task: Task, model: nn.Module, folder: Path | None, ranks: group.Ranks, device: torch.device
-) -> Checkpoints:
+def checkpoints_of(params: Params, task: Task, model: nn.Module, folder: Path | None, plan: plans.Plan) -> Checkpoints:
     """The checkpoints of a run, as section `train` says; only those of the stage `train` are copied to the store."""
     train = params.train
     return Checkpoints(
         folder,
         train.keep_checkpoints,
-        ranks,
+        plan.ranks,
         identity(params, task, model),
         keep_best=train.keep_best,
         asynchronous=train.checkpoint_async,
         files=files_of(params.model, task.dataset) if folder else {},
         store=train.checkpoint_store if folder and folder.name == "train" else "",
-        device=device,
+        device=plan.device,
+        parts=plan.dims.pp > 1,
     )
 
 

@@ -60,7 +60,7 @@ class Loop:
         self.task = inject.faulty(task, self.ranks.rank, lambda: self.progress.step + 1)
         self.checkpoints, self.preemption, self.watch = checkpoints, preemption, watch
         self.what, self.on_eval, self.on_step = what, on_eval, on_step
-        self.optimizer = optimizers.build(model, self.train)
+        self.optimizer = optimizers.build(model, self.train, plan.names)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.progress = Progress()
         self.guard = Guard(self.train, model, self.optimizer, self.ranks, what)

@@ -49,7 +49,8 @@ def apply(model: nn.Module, recompute: Recompute) -> None:
     if recompute.mode == "selective":
         extra["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     for block in list(blocks)[:: recompute.every if recompute.mode == "blocks" else 1]:
-        block.forward = partial(_forward, block.forward, extra)
+        if block is not None:  # another stage of a pipeline has it
+            block.forward = partial(_forward, block.forward, extra)
 
 
 def _forward(forward: Callable[..., Any], extra: dict[str, Any], *inputs: Any) -> Any:

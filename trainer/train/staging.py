@@ -26,6 +26,17 @@ def split(tree: Any, path: str = "", tensors: dict[str, Tensor] | None = None) -
     raise TypeError(f"{path}: a {type(tree).__name__} cannot be kept in a checkpoint")
 
 
+def merge(plains: list[Any]) -> Any:
+    """One JSON value of those of ranks that have different parts of a tree: entries of dicts that any of them has."""
+    if not all(isinstance(plain, dict) and "dict" in plain for plain in plains):
+        return plains[0]
+    found: dict[Any, list[Any]] = {}
+    for plain in plains:
+        for key, value in plain["dict"]:
+            found.setdefault(key, []).append(value)
+    return {"dict": [[key, merge(values)] for key, values in found.items()]}
+
+
 def join(plain: Any, tensors: Mapping[str, Tensor | None]) -> Any:
     """What `split` divided, whole again; where a tensor is None, its entry in a dict is left out."""
     if not isinstance(plain, dict):

@@ -34,7 +34,8 @@ def compile_blocks(model: nn.Module) -> None:
     """
     blocks = getattr(model, "blocks", None)
     for module in blocks if isinstance(blocks, nn.ModuleList) else [model]:
-        module.forward = partial(_forward, torch.compile(module.forward), module.forward)
+        if module is not None:  # another stage of a pipeline has it
+            module.forward = partial(_forward, torch.compile(module.forward), module.forward)
 
 
 def _forward(compiled: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
