@@ -53,8 +53,7 @@ def run(call: Call) -> Result:
     from trainer import models, tasks
     from trainer.compress.distill import Distilled
     from trainer.train.fit import fit
-    from trainer.train.loop import history_lines
-    from trainer.train.state import seed_all
+    from trainer.train.state import history_lines, seed_all
 
     dataset = Dataset(call.inputs["dataset"])
     config = student_params(params)

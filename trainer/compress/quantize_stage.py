@@ -39,7 +39,7 @@ def run(call: Call) -> Result:
     from trainer import models, tasks
     from trainer.compress import measure
     from trainer.compress.calibrate import calibrate
-    from trainer.train.loop import history_lines
+    from trainer.train.state import history_lines
 
     params, out = call.params, call.outputs["quantized"]
     dataset = Dataset(call.inputs["dataset"])

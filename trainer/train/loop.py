@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import torch
@@ -396,10 +395,3 @@ class Loop:
             f"{self.what}: SIGTERM at step {self.progress.step} of {self.total}; {kept}",
             "run the same command again to go on from there",
         )
-
-
-def history_lines(rows: list[dict[str, Any]]) -> str:
-    """The history as JSON lines."""
-    import json
-
-    return "".join(json.dumps(row) + "\n" for row in rows)

@@ -18,8 +18,7 @@ from trainer.errors import ArtifactError
 from trainer.monitor.trackers import open_trackers
 from trainer.stage import Call, Result
 from trainer.train.fit import fit
-from trainer.train.loop import history_lines
-from trainer.train.state import seed_all
+from trainer.train.state import history_lines, seed_all
 
 HISTORY = "history.jsonl"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +67,11 @@ class Progress:
     order_block: int = 0
     memory: dict[str, int] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def history_lines(rows: list[dict[str, Any]]) -> str:
+    """The history as JSON lines."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def seed_all(seed: int, rank: int = 0) -> None:
