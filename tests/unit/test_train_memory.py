@@ -89,7 +89,8 @@ def test_what_was_learnt_outlives_the_process(dataset, monkeypatch, tmp_path):
 
 def test_nothing_left_to_try_is_an_error_that_says_what_was_tried(dataset, monkeypatch):
     monkeypatch.setenv(inject.VARIABLE, "oom@2:over0")
-    with pytest.raises(ConfigError, match="too little for step 2, with micro-batches of 1") as caught:
+    tried = "too little for step 2, with micro-batches of 1 and recomputed activations"
+    with pytest.raises(ConfigError, match=tried) as caught:
         train(dataset)
     assert "data.max_length" in caught.value.hint
 

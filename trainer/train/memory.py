@@ -21,9 +21,10 @@ import torch
 
 from trainer import log, storage
 from trainer.config import Train
+from trainer.config.train_parts import Recompute
 from trainer.errors import ConfigError, OutOfMemory
 from trainer.parallel.plan import Plan
-from trainer.train import offload
+from trainer.train import offload, recompute
 from trainer.train.state import Progress
 
 LEARNT = "memory.json"
@@ -67,7 +68,7 @@ class Memory:
     ) -> None:
         self.train, self.model, self.optimizer, self.plan = train, model, optimizer, plan
         self.ranks, self.device, self.folder, self.what = plan.ranks, plan.device, folder, what
-        self._offloaded = False
+        self._offloaded, self._recomputed = False, train.recompute.mode != "none"
         if train.offload == "optimizer":
             self._offload()
         self._before = 0
@@ -127,6 +128,9 @@ class Memory:
         if size > 1:
             now.memory["micro_batch"] = size // 2
             self._say(now, f"micro-batches of {size // 2} instead of {size}, and more of them in a step")
+        elif not self._recomputed and isinstance(getattr(self.model, "blocks", None), torch.nn.ModuleList):
+            now.memory["recompute"] = 1
+            self._say(now, "activations of blocks are recomputed in the backward pass")
         else:
             self.adapt_update(now)
 
@@ -207,6 +211,9 @@ class Memory:
         self._release()
 
     def _apply(self, now: Progress) -> None:
+        if now.memory.get("recompute") and not self._recomputed:
+            recompute.apply(self.model, Recompute(mode="blocks"))
+            self._recomputed = True
         if now.memory.get("offload") and not self._offloaded:
             self._offload()
 
@@ -216,6 +223,8 @@ class Memory:
 
     def _exhausted(self, now: Progress, where: str) -> ConfigError:
         tried = [f"micro-batches of {self.micro_batch(now)}"]
+        if self._recomputed:
+            tried.append("recomputed activations")
         if self._offloaded:
             tried.append("the optimizer's state in the host's memory")
         budget = (
