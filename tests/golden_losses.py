@@ -1,4 +1,4 @@
-"""The losses of tiny runs, to the bit: `python -m tests.golden_losses > tests/golden/losses.txt`.
+"""The losses of tiny runs, to the bit: `python -m tests.golden_losses > tests/golden_losses.txt`.
 
 Kernels are held to what every x86-64 processor has, so that the bits do not depend on the machine that prints them.
 """

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tests.golden_losses import RUNS, printed
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "losses.txt"
+GOLDEN = Path(__file__).resolve().parents[1] / "golden_losses.txt"
 
 
 def test_losses_are_those_of_the_golden_file() -> None:
