@@ -13,7 +13,7 @@ from components.launch import names
 from components.launch.spec import JobSpec, digest
 from trainer.parallel import nodes
 
-NODE_RANK_ENV, NODES_ENV, PREFLIGHT_ENV = nodes.RANK, nodes.NODES, nodes.PREFLIGHT
+NODE_RANK_ENV, NODES_ENV = nodes.RANK, nodes.NODES
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 _POWERS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -92,8 +92,6 @@ def environment(spec: JobSpec) -> list[dict[str, Any]]:
     """Variables by value, secrets by reference, in a fixed order."""
     plain = [{"name": name, "value": escaped(value)} for name, value in sorted(spec.env.items())]
     plain += [{"name": NODES_ENV, "value": str(spec.nodes)}]
-    if spec.preflight and spec.nodes > 1:
-        plain.append({"name": PREFLIGHT_ENV, "value": "1"})
     secret = []
     for name, place in sorted(spec.secret_env.items()):
         holder, _, key = place.partition("/")

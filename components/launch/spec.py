@@ -57,7 +57,6 @@ class JobSpec:
         grace_s: seconds between SIGTERM and SIGKILL.
         ttl_s: seconds that it is kept when it has ended; None for ever.
         master: a PyTorchJob of a Master and Workers.
-        preflight: check the connections between the processes first.
         run: the run that it belongs to, if known.
         owner: the ownerReference of what it goes away with, if any.
     """
@@ -96,7 +95,6 @@ class JobSpec:
     grace_s: int = 30
     ttl_s: int | None = 86400
     master: bool = False
-    preflight: bool = True
     run: str = ""
     owner: Mapping[str, Any] | None = None
 
@@ -213,7 +211,6 @@ def stage(
         tolerations=tuple(_toleration(each.model_dump()) for each in job.tolerations),
         restarts=job.restarts,
         master=job.master and task_name == "train",
-        preflight=job.preflight,
     )
 
 

@@ -42,6 +42,12 @@ def free_port() -> int:
 class Job:
     """The nodes of a job as processes with the variables that a PyTorchJob's pods have; all are ended at the end."""
 
+    host = "localhost"
+
+    def at(self, rank: int) -> list[str]:
+        """Words that go before a node's command."""
+        return []
+
     def __init__(self, dataset: Path, place: Path, *words: str, count: int = 2) -> None:
         place.mkdir()
         self.dataset, self.place, self.words, self.count = dataset, place, words, count
@@ -59,10 +65,10 @@ class Job:
     def start(self, rank: int) -> None:
         environment = {
             **os.environ, "PET_NNODES": f"{self.count}:{self.count}", "PET_RDZV_BACKEND": "c10d", "PET_MAX_RESTARTS": "3",
-            "PET_NPROC_PER_NODE": "1", "PET_RDZV_ENDPOINT": f"localhost:{self.port}", "MILLRACE_NODE_RANK": str(rank),
-            "MILLRACE_PREFLIGHT": "1",
+            "PET_NPROC_PER_NODE": "1", "PET_RDZV_ENDPOINT": f"{self.host}:{self.port}", "MILLRACE_NODE_RANK": str(rank),
         }  # fmt: skip
         command = [
+            *self.at(rank),
             sys.executable,
             "-m",
             "trainer",

@@ -81,8 +81,8 @@ def test_every_key_reaches_the_pod(kind: str) -> None:
     values = {each["name"]: each.get("value") or each["valueFrom"] for each in container["env"]}
     assert values["NCCL_DEBUG"] == "INFO"
     assert values["TOKEN"] == {"secretKeyRef": {"name": "keys", "key": "token"}}
-    count = ("1", None) if kind == "job" else ("3", "1")
-    assert (values[pods.NODES_ENV], values.get(pods.PREFLIGHT_ENV)) == count
+    count = "1" if kind == "job" else "3"
+    assert values[pods.NODES_ENV] == count
     assert {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]} == {
         "/tmp": "tmp", "/dev/shm": "shm", "/data": "store",
     }  # fmt: skip
@@ -265,15 +265,6 @@ def test_the_digest_of_a_trainjob_covers_its_runtime() -> None:
     jobs = [trainjob.trainjob(spec_of(word))[1] for word in ("train.lr=0.5", "train.lr=0.25")]
     assert jobs[0]["spec"] == jobs[1]["spec"]
     assert len({job["metadata"]["annotations"][names.SPEC_ANNOTATION] for job in jobs}) == 2
-
-
-def test_nodes_look_at_each_other_first_if_they_are_told_to_and_there_are_several() -> None:
-    def told(*words: str) -> bool:
-        return any(each["name"] == pods.PREFLIGHT_ENV for each in pods.environment(spec_of(*words)))
-
-    assert told("cluster.job.nodes=2")
-    assert not told("cluster.job.nodes=1")
-    assert not told("cluster.job.nodes=2", "cluster.job.preflight=false")
 
 
 def test_a_run_is_a_label_whatever_it_is_called() -> None:

@@ -21,7 +21,7 @@ from trainer.train.fit import fit
 
 WORDS = [
     "train.threads=1", "train.max_steps=12", "train.eval_every=4", "train.log_every=2", "train.batch_size=16",
-    "train.checkpoint_every=1", "model.name=ngram", "model.buckets=512", "model.dim=16",
+    "train.checkpoint_every=1", "train.checkpoint_async=false", "model.name=ngram", "model.buckets=512", "model.dim=16",
 ]  # fmt: skip
 TIMES = {"examples_per_s", "step_ms", "data_wait", "checkpoint_s", "peak_memory_mb"}
 

@@ -79,8 +79,6 @@ class Job(Section):
     """Seconds between SIGTERM and SIGKILL of a pod: the time for a last checkpoint."""
     ttl_s: int = Field(default=86400, ge=0)
     """Seconds that a finished job and its logs are kept."""
-    preflight: bool = True
-    """Before training on several nodes, sum a tensor over all processes, and name the node that does not answer."""
     parallel_trials: int = Field(default=2, ge=1, le=1000)
     """Trials of an Experiment at the same time."""
     failed_trials: int = Field(default=3, ge=0, le=1000)

@@ -66,4 +66,4 @@ class Parallel(Section):
     """Ranks that divide the experts of a mixture (expert parallel); for models that have them."""
     nccl: Nccl = Nccl()
     preflight: Literal["auto", "off", "on"] = "auto"
-    """Measure the connections between ranks before training: `auto` does so on several nodes."""
+    """Before training, see which ranks are there, how fast each pair is, and who is slow or dead: `auto` on several nodes."""

@@ -22,6 +22,8 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from trainer.parallel.arrivals import Arrivals, PeerLost, Unanswered
 from trainer.parallel.nodes import GENERATION
+from trainer.parallel.preflight import preflight
+from trainer.parallel.rollcall import roll_call
 
 # Gradients are summed in flat pieces of about this many bytes: few collectives, bounded extra memory.
 BUCKET_BYTES = 25 << 20
@@ -161,7 +163,9 @@ _arrivals: Arrivals | None = None
 
 
 @contextmanager
-def process_group(backend: str, timeout_s: float, device: torch.device, arrivals: Path | None = None) -> Iterator[None]:
+def process_group(
+    backend: str, timeout_s: float, device: torch.device, arrivals: Path | None = None, check: bool = False
+) -> Iterator[None]:
     """Join the process group that torchrun's variables describe; leave it at the end.
 
     torchrun's own store outlives an attempt, and ranks of the next attempt would read the dead one's addresses there.
@@ -172,9 +176,11 @@ def process_group(backend: str, timeout_s: float, device: torch.device, arrivals
         timeout_s: a collective that takes longer fails.
         device: this rank's device.
         arrivals: file in which the local ranks note what they have come to, see `trainer.parallel.arrivals`.
+        check: first see that all ranks are there and reach each other, then measure how fast they do.
 
     Raises:
         Unanswered: a collective took too long.
+        PeerLost: another rank is gone, or did not pass the check.
     """
     global _arrivals
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -194,10 +200,12 @@ def process_group(backend: str, timeout_s: float, device: torch.device, arrivals
             timeout=timeout,
             wait_for_workers=False,
         )
-        dist.init_process_group(
-            chosen, store=PrefixStore(f"millrace/attempt{attempt}", store), rank=rank, world_size=size, timeout=timeout
-        )
+        shared = PrefixStore(f"millrace/attempt{attempt}", store)
+        names = roll_call(shared, rank, size, timeout_s) if check else []
+        dist.init_process_group(chosen, store=shared, rank=rank, world_size=size, timeout=timeout)
         try:
+            if check:
+                preflight(device, timeout_s, shared, names)
             yield
         finally:
             dist.destroy_process_group()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from trainer.errors import ConfigError
 
-RANK, NODES, PREFLIGHT = "MILLRACE_NODE_RANK", "MILLRACE_NODES", "MILLRACE_PREFLIGHT"
+RANK, NODES = "MILLRACE_NODE_RANK", "MILLRACE_NODES"
 # Set by the rendezvous for the ranks: how often the nodes have met.
 GENERATION = "MILLRACE_GENERATION"
 DEFAULT_PORT = 23456

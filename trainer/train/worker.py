@@ -10,7 +10,7 @@ from pathlib import Path
 
 from trainer import log, plugins, storage
 from trainer.config.load import validate
-from trainer.parallel import made, nodes
+from trainer.parallel import made, network, nodes
 from trainer.parallel.agent import die_with
 from trainer.parallel.launch import ARRIVALS, RESULT, SPEC, TRANSIENT, forget_error, read_errors, write_error
 from trainer.stage import Call
@@ -38,7 +38,6 @@ def main(place: Path) -> int:
 def train(place: Path, rank: int) -> None:
     """Join the process group, train, and leave the result."""
     from trainer.parallel.group import process_group
-    from trainer.parallel.preflight import preflight
     from trainer.train.device import choose
 
     spec = json.loads((place / SPEC).read_text(encoding="utf-8"))
@@ -46,9 +45,13 @@ def train(place: Path, rank: int) -> None:
     inputs, outputs = ({name: Path(path) for name, path in spec[key].items()} for key in ("inputs", "outputs"))
     parallel = params.parallel
     device, several = choose(params.train.device), nodes.here().count > 1
-    with process_group(parallel.backend, parallel.timeout_s, device, None if several else place / ARRIVALS):
-        if several and os.environ.get(nodes.PREFLIGHT):
-            preflight(device, parallel.timeout_s)
+    network.set_variables(parallel.nccl)
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    if device.type == "cuda" and rank == 0 and (problem := network.shared_memory_is_small(local)):
+        log.say(problem)
+    check = parallel.preflight == "on" or (parallel.preflight == "auto" and several)
+    arrivals = None if several else place / ARRIVALS
+    with process_group(parallel.backend, parallel.timeout_s, device, arrivals, check):
         result = plugins.load(spec["target"])(Call(params, inputs, outputs, Path(spec["scratch"])))
     if rank == 0:
         content, scratch = json.dumps(asdict(result)).encode(), Path(spec["scratch"])
