@@ -171,7 +171,7 @@ class Update(torch.optim.SGD):
 def test_weights_that_may_be_half_changed_are_read_from_the_checkpoint_again(dataset, monkeypatch, tmp_path):
     # What a GPU would learn is offloading, which a CPU refuses; here it is made to learn smaller micro-batches.
     monkeypatch.setattr(memory.Memory, "adapt_update", lambda self, now: now.memory.update(micro_batch=2))
-    monkeypatch.setattr(optimizers, "build", lambda model, train: Update(rated(model), 0.1))
+    monkeypatch.setattr(optimizers, "build", lambda model, train, names: Update(rated(model), 0.1))
     with pytest.raises(OutOfMemory) as caught:
         train(dataset, scratch=tmp_path)
     assert caught.value.exit_code == 137
