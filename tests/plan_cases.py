@@ -16,7 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 ALL = (
     "model.dropout=0", "train.threads=1", "train.log_every=1", "parallel.timeout_s=60", "train.max_steps=50",
-    "train.schedule=constant", "train.lr=0.003",
+    "train.schedule=constant", "train.lr=0.003", "train.statistics_every=6",
 )  # fmt: skip
 BATCH = 8
 
@@ -65,6 +65,33 @@ class Case:
     term: int = 0
 
 
+class Kept:
+    """A sink that keeps the rows of `train.statistics_every`."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def resume(self, step: int, evaluated: int) -> None:
+        """Nothing."""
+
+    def row(self, step: int, figures: Mapping[str, float]) -> None:
+        """Keep it, if it is one."""
+        if any(name.startswith("update_ratio/") for name in figures):
+            self.rows.append({"step": step, **figures})
+
+    def close(self, ok: bool) -> None:
+        """Nothing."""
+
+
+def assert_same_statistics(result: Mapping[str, Any], one: Mapping[str, Any]) -> None:
+    """Whether the first rows of `train.statistics_every` are those of one process: every block, all norms."""
+    import pytest
+
+    first, alone = result["statistics"][0], one["statistics"][0]
+    assert {"grad_norm/blocks.1", "weight_norm/embedding", "update_ratio/norm"} <= set(alone)
+    assert first == pytest.approx(alone, rel=1e-3)
+
+
 class Stopped(Exception):
     """The step at which a case ends has come."""
 
@@ -74,8 +101,8 @@ def run_cases(
 ) -> dict[str, dict[str, Any]]:
     """Run cases; their results by name. A rank is `python -m MODULE FOLDER`, which calls `main`.
 
-    A result has `losses`, `norms` and `evaluations` (as `float.hex`), `weights` (a digest), `resumed` (the step) and
-    `error` (what a MillraceError said).
+    A result has `losses`, `norms` and `evaluations` (as `float.hex`), `statistics` (rows), `weights` (a digest),
+    `resumed` (the step) and `error` (what a MillraceError said).
     """
     from torch.distributed import TCPStore
 
@@ -186,7 +213,8 @@ def train(folder: Path, case: Case) -> dict[str, Any]:
         if step == case.term and rank == case.ranks - 1:
             signal.raise_signal(signal.SIGTERM)
 
-    fitted = fit(params, task, model, scratch=scratch, on_step=on_step)
+    kept = Kept()
+    fitted = fit(params, task, model, scratch=scratch, on_step=on_step, sinks=[kept] if rank == 0 else [])
     if rank:
         return {}
     digest = hashlib.sha256()
@@ -197,6 +225,7 @@ def train(folder: Path, case: Case) -> dict[str, Any]:
         "losses": [row["train_loss"].hex() for row in rows if "train_loss" in row],
         "norms": [row["grad_norm"].hex() for row in rows if "grad_norm" in row],
         "evaluations": [row["val_loss"].hex() for row in rows if "val_loss" in row],
+        "statistics": kept.rows,
         "weights": digest.hexdigest(),
         "resumed": steps[0] - 1 if steps else fitted.steps,
     }

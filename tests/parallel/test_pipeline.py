@@ -301,6 +301,7 @@ def test_a_plan_with_pipelines_learns_as_one_process(found, name):
     assert len(ours["losses"]) == count
     assert numbers(ours) == pytest.approx(numbers(one)[:count], rel=5e-6)
     assert numbers(ours, "norms") == pytest.approx(numbers(one, "norms")[:count], rel=1e-4)
+    plan_cases.assert_same_statistics(ours, one)
     if name == "ddp":
         assert numbers(ours, "evaluations") == pytest.approx(numbers(one, "evaluations"), rel=5e-6)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.plan_cases import Case, run_cases
+from tests.plan_cases import Case, assert_same_statistics, run_cases
 
 pytestmark = pytest.mark.parallel
 
@@ -116,6 +116,11 @@ def assert_equal(result, one):
 def test_the_losses_of_a_plan_are_those_of_one_process(results, name):
     assert len(numbers(results["one"])) == 50
     assert_equal(results[name], results["one"])
+
+
+@pytest.mark.parametrize("name", [name for name in PLANS if name not in SLOW])
+def test_statistics_of_blocks_are_over_all_ranks(results, name):
+    assert_same_statistics(results[name], results["one"])
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,8 +19,10 @@ import torch
 from torch import nn
 
 from trainer.config import Train
-from trainer.monitor import utilisation
+from trainer.monitor import statistics, utilisation
 from trainer.monitor.sinks import Sink, is_evaluation
+from trainer.monitor.trace import Tracer
+from trainer.parallel.plan import Plan
 from trainer.record import peak_memory
 from trainer.tasks.base import Task
 
@@ -38,11 +40,20 @@ class Watch:
         device: this rank's.
         size: number of ranks.
         sinks: where rows go.
+        tracer: of the run, if it may have a trace.
     """
 
     def __init__(
-        self, task: Task, model: nn.Module, train: Train, device: torch.device, size: int, sinks: Sequence[Sink] = ()
+        self,
+        task: Task,
+        model: nn.Module,
+        train: Train,
+        device: torch.device,
+        size: int,
+        sinks: Sequence[Sink] = (),
+        tracer: Tracer | None = None,
     ) -> None:
+        self._tracer = tracer
         self.sinks, self.device, self.size, self._train = list(sinks), device, size, train
         self._unit = task.unit
         tokens = task.unit == "tokens"
@@ -67,6 +78,22 @@ class Watch:
         self._units += units
         self._steps += 1
 
+    def traced(self, step: int) -> AbstractContextManager[None]:
+        """Around step number `step`, which `train.trace` may ask to be traced."""
+        return self._tracer.step(step) if self._tracer else nullcontext()
+
+    def statistics(self, step: int, model: nn.Module, plan: Plan, scale: float) -> AbstractContextManager[None]:
+        """Around the update of step number `step`: norms by block go to the sinks where `train.statistics_every` says so."""
+        every = self._train.statistics_every
+        if not every or step % every:
+            return nullcontext()
+
+        def put(figures: dict[str, float]) -> None:
+            for sink in self.sinks:
+                sink.row(step, figures)
+
+        return statistics.measured(model, plan, scale, put)
+
     def resume(self, step: int, evaluated: int) -> None:
         """The run goes on after `step`, whose evaluation, if it has one, is done if `evaluated` is `step`."""
         for sink in self.sinks:
@@ -90,6 +117,8 @@ class Watch:
     ) -> None:
         for sink in self.sinks:
             sink.close(ok=kind is None)
+        if self._tracer:
+            self._tracer.close(ok=kind is None)
 
     def _speed(self) -> dict[str, float]:
         if self.device.type == "cuda":

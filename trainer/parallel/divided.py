@@ -173,6 +173,10 @@ class Divided(Plan):
             square = torch.stack(torch._foreach_norm(mine)).double().square().sum().cpu()
         return float(self.ranks.sum(square).sqrt())
 
+    def owns(self, name: str, parameter: Tensor) -> bool:
+        """Whether this rank is the first of those that hold the same part of a parameter."""
+        return name not in self.copies and self._speaks_for(parameter)
+
     def _speaks_for(self, parameter: Tensor) -> bool:
         """Whether of the ranks that hold the same part of a parameter this one is the first."""
         divided = {"pp"}

@@ -113,6 +113,10 @@ class Plan:
         gradients = [p.grad for p in parameters if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
 
+    def owns(self, name: str, parameter: Tensor) -> bool:
+        """Whether this rank's part of a parameter counts in sums over all ranks: of ranks that hold the same, one's does."""
+        return self.ranks.rank == 0
+
     def multiply(self, parameters: Iterable[nn.Parameter], factor: float) -> None:
         """Multiply all gradients, in place."""
         gradients = [local(p.grad) for p in parameters if p.grad is not None]

@@ -14,6 +14,7 @@ from torch import nn
 from trainer.artifacts.manifest import canonical
 from trainer.config import Params
 from trainer.monitor.sinks import LIVE, Guarded, LiveFile, Sink
+from trainer.monitor.trace import Tracer
 from trainer.monitor.watch import Watch
 from trainer.parallel import group
 from trainer.parallel import plan as plans
@@ -91,9 +92,11 @@ def fit(
         plan = plans.make(params, ranks, device, model)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         live: list[Sink] = [Guarded({LIVE: LiveFile(folder / LIVE)})] if folder and ranks.rank == 0 else []
+        # Trials and folds are many: a trace is of the stage's own run.
+        tracer = Tracer(params, ranks.rank) if what == "train" else None
         with (
             checkpoints_of(asked, task, model, folder, plan) as checkpoints,
-            Watch(task, model, params.train, device, ranks.size, [*live, *sinks]) as watch,
+            Watch(task, model, params.train, device, ranks.size, [*live, *sinks], tracer) as watch,
         ):
             model = plan.prepare(model, task.spec)
             loop = Loop(params, task, model, plan, checkpoints, preemption, what, on_eval, on_step, watch)

@@ -105,7 +105,8 @@ class Loop:
                     break
                 self._checkpoint()
                 try:
-                    self._step()
+                    with self.watch.traced(self.progress.step + 1):
+                        self._step()
                 except Again:
                     continue
                 if self.on_step:
@@ -142,7 +143,8 @@ class Loop:
         )
         unscaled = norm / self._scale
         if self._finite(loss, norm, terms):
-            self._update(norm)
+            with self.watch.statistics(now.step + 1, self.model, self.plan, self._scale):
+                self._update(norm)
         self.watch.step(units)
         now.step += 1
         if math.isfinite(loss):
