@@ -2,8 +2,8 @@
 
 Tests, static libraries, sources and symbol tables of extension modules, and parts of large packages that nothing here
 imports: the descriptions of 400 AWS services but those that an object store needs, Arrow's RPC server, copies of Arrow's
-and onnxruntime's libraries, SciPy's file formats and signal processing. Code and data that stay are untouched, so
-results are those of the whole packages.
+and onnxruntime's libraries, SciPy's file formats and signal processing, torchao's own models and MX formats. Code and data
+that stay are untouched, so results are those of the whole packages.
 """
 
 from __future__ import annotations
@@ -50,6 +50,11 @@ DROP = (
     "sklearn/datasets/data",
     "sklearn/datasets/images",
     "test",
+    "torchao/_C_mxfp8.*",
+    "torchao/_models",
+    "torchao/csrc",
+    "torchao/experimental",
+    "torchao/prototype/moe_training",
 )
 AWS_SERVICES = frozenset({"s3", "sso", "sso-oidc", "sts"})
 # Their symbols stay, for the traces of crashes; elsewhere symbol tables go, which only debuggers read.

@@ -36,6 +36,8 @@ ELSEWHERE = {
     "millrace run": "tests/pipeline/test_chain.py::test_a_change_of_train_reruns_train_and_what_follows",
     "millrace new": "tests/pipeline/test_chain.py::test_a_new_project_runs_outside_of_any_git",
     "millrace registry rollback": "tests/unit/test_cli_registry.py::test_the_model_of_params_is_the_default",
+    "millrace checkpoint": "tests/unit/test_cli_checkpoint.py",
+    "millrace predict --model model": "tests/unit/test_cli_checkpoint.py::test_export_gives_the_model_of_the_best_step",
     "dvc exp run": "tests/pipeline/test_chain.py::test_experiments_metrics_and_plots",
     "dvc repro": "tests/pipeline/test_chain.py::test_repro_typed_by_hand_finds_nothing_to_do",
 }

@@ -64,7 +64,7 @@ def wrong_for(value, generator):
     if isinstance(value, str):
         return generator.choice([True, 1, 0.5, None, ["x"], *NEVER])
     if isinstance(value, list):
-        return generator.choice([True, 1, "x", None, [{}], *NEVER])
+        return generator.choice([True, 1, "x", None, [{"x": 1}], *NEVER])
     return generator.choice([b"x", object(), "\0", float("nan"), [1], {"x": []}])  # null: an optional number
 
 
