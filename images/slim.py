@@ -2,7 +2,7 @@
 
 Tests, static libraries, sources and symbol tables of extension modules, and parts of large packages that nothing here
 imports: the descriptions of 400 AWS services but those that an object store needs, Arrow's RPC server, copies of Arrow's
-and onnxruntime's libraries, SciPy's file formats and signal processing, NumPy's compilation of Fortran, torchao's own models
+and onnxruntime's libraries, SciPy's file formats and signal processing, NumPy's builder of extensions, torchao's own models
 and MX formats. Code and data that stay are untouched, so results are those of the whole packages.
 """
 
@@ -24,7 +24,6 @@ DROP = (
     "numpy/**/*.h",
     "numpy/_core/include",
     "numpy/distutils",
-    "numpy/f2py",
     "onnx/backend/test",
     "onnxruntime/capi/libonnxruntime.so*",
     "onnxruntime/datasets",
