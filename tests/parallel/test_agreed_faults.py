@@ -2,44 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 
 import pytest
 
 from tests.parallel.fault_ranks import CASES
 from tests.parallel.test_train_ranks import TWO, Run
 from tests.tiny import tiny_dataset
+from tests.two_ranks import run_two_ranks
 from trainer.train import inject
 
 pytestmark = pytest.mark.parallel
-
-DEADLINE = 180.0
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     place = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    try:
-        for rank in range(2):
-            meeting = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            command = [sys.executable, "-m", "tests.parallel.fault_ranks", str(place)]
-            ranks.append(subprocess.Popen(command, env={**os.environ, **meeting}, start_new_session=True))
-        assert [rank.wait(DEADLINE) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(rank.pid, signal.SIGKILL)
-            rank.wait()
+    run_two_ranks("tests.parallel.fault_ranks", place)
     return [json.loads((place / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 

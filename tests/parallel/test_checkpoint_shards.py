@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from tests.parallel.shard_ranks import ROWS, whole
+from tests.two_ranks import run_two_ranks
 from trainer.parallel.group import Ranks
 from trainer.train.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.parallel
 
-DEADLINE = 180.0
 PROPERTIES = ("collectives go on", "the shards come back", "as shards", "generators come back",
               "a rank reads no more than its shards", "of one process", "an error of one rank",
               "nothing half is left")  # fmt: skip
@@ -30,21 +24,7 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("ranks")
     with Checkpoints(place / "one", 2, Ranks(), "run") as kept:
         kept.save(20, {"t": whole(20), "step": 20}, {}, durable=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    try:
-        for rank in range(2):
-            meeting = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            command = [sys.executable, "-m", "tests.parallel.shard_ranks", str(place)]
-            ranks.append(subprocess.Popen(command, env={**os.environ, **meeting}, start_new_session=True))
-        assert [rank.wait(DEADLINE) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(rank.pid, signal.SIGKILL)
-            rank.wait()
+    run_two_ranks("tests.parallel.shard_ranks", place)
     return place
 
 

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 
 import pytest
 
 from tests.parallel.optimizer_ranks import losses
 from tests.plan_cases import Case, run_cases
 from tests.tiny import tiny_dataset
+from tests.two_ranks import run_two_ranks
 from trainer import plugins
 
 pytestmark = pytest.mark.parallel
 
-DEADLINE = 180.0
 # The sum of two halves is rounded otherwise than the whole: signs of elements near 0, bytes and bfloat16 make more of that.
 CLOSE = {"lion": 2e-3, "muon": 2e-3, "adamw8bit": 1e-3}
 
@@ -27,21 +21,7 @@ CLOSE = {"lion": 2e-3, "muon": 2e-3, "adamw8bit": 1e-3}
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     place = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    try:
-        for rank in range(2):
-            meeting = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            command = [sys.executable, "-m", "tests.parallel.optimizer_ranks", str(place)]
-            started.append(subprocess.Popen(command, env={**os.environ, **meeting}, start_new_session=True))
-        assert [rank.wait(DEADLINE) for rank in started] == [0, 0]
-    finally:
-        for rank in started:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(rank.pid, signal.SIGKILL)
-            rank.wait()
+    run_two_ranks("tests.parallel.optimizer_ranks", place)
     return [json.loads((place / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -3,11 +3,11 @@
 import errno
 import fcntl
 import json
-import os
 from pathlib import Path
 
 import pytest
 
+from tests import s3
 from tests.tiny import tiny_dataset
 from trainer.artifacts import manifest
 from trainer.config.load import load
@@ -19,26 +19,8 @@ from trainer.stage import execute
 
 @pytest.fixture(scope="module")
 def s3_root():
-    import fsspec
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-    }  # fmt: skip
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    driver = fsspec.get_filesystem_class("s3")
-    driver.clear_instance_cache()
-    fsspec.filesystem("s3").mkdir("registries")
-    yield "s3://registries"
-    driver.clear_instance_cache()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
-    server.stop()
+    with s3.bucket("registries") as uri:
+        yield uri
 
 
 @pytest.fixture(params=["local", "s3"])

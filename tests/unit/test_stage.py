@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests import toy
+from tests import s3, toy
 from trainer import stage as contract
 from trainer import storage
 from trainer.artifacts import manifest
@@ -193,24 +193,8 @@ def test_secrets_are_neither_recorded_nor_shown(tmp_path, source):
 
 @pytest.fixture(scope="module")
 def bucket():
-    """An S3 bucket of a moto server; the settings of the environment are put back."""
-    import fsspec
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        driver = fsspec.get_filesystem_class("s3")
-        driver.clear_instance_cache()
-        fsspec.filesystem("s3").mkdir("stages")
-        yield "s3://stages"
-        driver.clear_instance_cache()
-    server.stop()
+    with s3.bucket("stages") as uri:
+        yield uri
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 
+from tests import s3
 from trainer import storage
 from trainer.errors import StorageError
 from trainer.parallel.group import Ranks
@@ -18,24 +19,8 @@ from trainer.train.remote import Store
 
 @pytest.fixture(scope="module")
 def bucket():
-    """An S3 bucket of a moto server; the settings of the environment are put back."""
-    import fsspec
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        driver = fsspec.get_filesystem_class("s3")
-        driver.clear_instance_cache()
-        fsspec.filesystem("s3").mkdir("checkpoints")
-        yield "s3://checkpoints"
-        driver.clear_instance_cache()
-    server.stop()
+    with s3.bucket("checkpoints") as uri:
+        yield uri
 
 
 @pytest.fixture(params=["s3", "file"])

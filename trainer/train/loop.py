@@ -76,10 +76,8 @@ class Loop:
         self.block = block
         examples, alone = self.task.num_examples("train"), self.train.batch_size * self.train.accumulation
         # As many as one process would make: more of them must not mean more epochs.
-        epochs = max(self.train.epochs, math.ceil(self.train.min_steps / max(math.ceil(examples / alone), 1)))
-        self.total = self.train.max_steps or epochs * math.ceil(examples / block)
-        self.epochs = epochs
-        self._more_epochs = epochs if epochs > self.train.epochs and not self.train.max_steps else 0
+        self.epochs = max(self.train.epochs, math.ceil(self.train.min_steps / max(math.ceil(examples / alone), 1)))
+        self.total = self.train.max_steps or self.epochs * math.ceil(examples / block)
 
     def _resize(self, block: int) -> None:
         """Go on with another number of examples in a step."""
@@ -92,10 +90,10 @@ class Loop:
 
     def run(self) -> None:
         """Train to the end, from the state that `resume` has set or from the beginning."""
-        if self._more_epochs:
+        if self.epochs > self.train.epochs and not self.train.max_steps:
             rows, least = self.task.num_examples("train"), self.train.min_steps
             why = f"{rows:,} rows are few, and train.min_steps is {least}"
-            log.say(f"{self.what}: {self._more_epochs} epochs instead of {self.train.epochs}: {why}")
+            log.say(f"{self.what}: {self.epochs} epochs instead of {self.train.epochs}: {why}")
         self.memory.recall(self.progress)
         with self._shown:
             while True:
