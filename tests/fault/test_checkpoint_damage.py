@@ -5,18 +5,16 @@
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
 import random
 import shutil
-import zipfile
 
 import pytest
 import torch
 
 from tests import grid
 from tests.threads import together
+from tests.traps import as_pickle, as_weights
 from trainer.artifacts import manifest
 from trainer.errors import ArtifactError
 from trainer.parallel.group import Ranks
@@ -104,24 +102,6 @@ def test_all_damage_is_found_and_the_one_before_is_taken(good, tmp_path, capsys)
     print(f"SEED={seed}: {count} cases")
 
 
-class Crafted:
-    def __init__(self, trap) -> None:
-        self.trap = trap
-
-    def __reduce__(self):
-        return (exec, (f"open({str(self.trap)!r}, 'w').close()",))
-
-
-def crafted_shard(trap) -> bytes:
-    """A file as torch.save writes them, whose pickle runs code."""
-    made = io.BytesIO()
-    with zipfile.ZipFile(made, "w", zipfile.ZIP_STORED) as file:
-        file.writestr("archive/data.pkl", pickle.dumps(Crafted(trap)))
-        file.writestr("archive/version", "3\n")
-        file.writestr("archive/byteorder", "little")
-    return made.getvalue()
-
-
 def crafted_state(trap) -> bytes:
     """Plain values that look like code for every reader of such things that there is."""
     payload = f"__import__('pathlib').Path({str(trap)!r}).touch()"
@@ -134,12 +114,12 @@ def crafted_state(trap) -> bytes:
 @pytest.mark.parametrize(
     ("name", "craft"),
     [
-        (".metadata", lambda trap: pickle.dumps(Crafted(trap))),
-        ("__0_0.distcp", crafted_shard),
+        (".metadata", as_pickle),
+        ("__0_0.distcp", as_weights),
         ("state.json", crafted_state),
-        ("state.json", lambda trap: pickle.dumps(Crafted(trap))),
-        ("rng-0000.json", lambda trap: pickle.dumps(Crafted(trap))),
-        ("manifest.json", lambda trap: pickle.dumps(Crafted(trap))),
+        ("state.json", as_pickle),
+        ("rng-0000.json", as_pickle),
+        ("manifest.json", as_pickle),
     ],
 )
 def test_a_crafted_checkpoint_runs_nothing(name, craft, sealed, good, tmp_path):

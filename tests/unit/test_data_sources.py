@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import s3
 from trainer.config.load import validate
 from trainer.data import builtin
 from trainer.data.dvc_source import parse_dvc
@@ -132,27 +132,13 @@ def test_spellings_of_a_dvc_source(source: str) -> None:
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """An S3 server on loopback with some objects."""
+    """An S3 bucket with some objects."""
     import fsspec
-    from moto.server import ThreadedMotoServer
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
-    server.start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        store = fsspec.filesystem("s3")
-        store.mkdir("bucket")
+    with s3.bucket("bucket") as uri:
         for name in ("raw.csv", "many/a.csv", "many/sub/b.csv", "many/c.txt"):
-            store.pipe_file(f"bucket/{name}", CONTENT.encode())
-        yield "s3://bucket"
-        server.stop()
-    fsspec.filesystem("s3").clear_instance_cache()
+            fsspec.filesystem("s3").pipe_file(f"{uri}/{name}", CONTENT.encode())
+        yield uri
 
 
 def test_s3_object_prefix_and_glob(bucket: str, tmp_path: Path) -> None:
