@@ -14,14 +14,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.ranks import run_ranks
+
 SHAPE = ("model.dim=32", "model.layers=2", "model.heads=4", "model.ff=48")
 # model -> (task, parameters)
 MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -32,10 +31,12 @@ MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cnn": ("image", ("model.width=4",)),
 }
 ALL = (
-    "model.dropout=0", "train.threads=1", "train.log_every=1", "parallel.timeout_s=60", "train.max_steps=50",
+    "model.dropout=0", "train.threads=1", "train.log_every=1", "parallel.timeout_s=60", "train.max_steps=12",
     "train.schedule=constant", "train.lr=0.003", "train.statistics_every=6",
 )  # fmt: skip
 BATCH = 8
+# What the losses of a plan are compared over where there is time for it.
+LONG = "train.max_steps=50"
 
 
 @dataclass(frozen=True)
@@ -92,57 +93,24 @@ def assert_same_statistics(result: Mapping[str, Any], one: Mapping[str, Any]) ->
     assert first == pytest.approx(alone, rel=1e-3)
 
 
+def numbers(result: Mapping[str, Any], what: str = "losses") -> list[float]:
+    """The figures of a case that has not failed."""
+    assert "error" not in result, result["error"]
+    return [float.fromhex(value) for value in result[what]]
+
+
+def assert_equal(result: Mapping[str, Any], one: Mapping[str, Any]) -> None:
+    """Whether a case has learned as one process has: losses to five digits."""
+    import pytest
+
+    assert len(numbers(result)) == len(numbers(one))
+    assert numbers(result) == pytest.approx(numbers(one), rel=5e-6)
+    assert numbers(result, "norms") == pytest.approx(numbers(one, "norms"), rel=1e-4)
+    assert numbers(result, "evaluations") == pytest.approx(numbers(one, "evaluations"), rel=5e-6)
+
+
 class Stopped(Exception):
     """The step at which a case ends has come."""
-
-
-def run_cases(
-    folder: Path, cases: Iterable[Case], deadline_s: float = 240.0, module: str = "tests.plan_cases"
-) -> dict[str, dict[str, Any]]:
-    """Run cases; their results by name. A rank is `python -m MODULE FOLDER`, which calls `main`.
-
-    A result has `losses`, `norms` and `evaluations` (as `float.hex`), `statistics` (rows), `weights` (a digest),
-    `resumed` (the step) and `error` (what a MillraceError said).
-    """
-    from torch.distributed import TCPStore
-
-    from tests.tiny import tiny_dataset
-
-    cases = list(cases)
-    assert len({case.name for case in cases}) == len(cases)
-    folder.mkdir(parents=True, exist_ok=True)
-    for task in {MODELS[case.model][0] for case in cases}:
-        tiny_dataset(folder / task, task, rows=60, max_length=16)
-    (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    environment = {
-        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1",
-        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": str(ROOT),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }  # fmt: skip
-    processes = []
-    try:
-        for rank in range(max(case.ranks for case in cases)):
-            with open(folder / f"log-{rank}.txt", "wb") as log:
-                command = [sys.executable, "-m", module, str(folder)]
-                process = subprocess.Popen(
-                    command,
-                    env={**environment, "RANK": str(rank)},
-                    cwd=ROOT,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
-            processes.append(process)
-        for rank, process in enumerate(processes):
-            log = (folder / f"log-{rank}.txt").read_text
-            assert process.wait(deadline_s) == 0, log()[-4000:]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    return {case.name: json.loads((folder / f"{case.name}.json").read_text()) for case in cases}
 
 
 def main(folder: Path) -> None:
@@ -156,6 +124,26 @@ def main(folder: Path) -> None:
         if int(os.environ["RANK"]) < case.ranks:
             print(f"-- {case}", flush=True)
             _run(folder, case)
+
+
+def run_cases(
+    folder: Path, cases: Iterable[Case], deadline_s: float = 240.0, work: Callable[[Path], None] = main
+) -> dict[str, dict[str, Any]]:
+    """Run cases; their results by name. Each rank calls `work(folder)`, which is or calls `main`.
+
+    A result has `losses`, `norms` and `evaluations` (as `float.hex`), `statistics` (rows), `weights` (a digest),
+    `resumed` (the step) and `error` (what a MillraceError said).
+    """
+    from tests.tiny import tiny_dataset
+
+    cases = list(cases)
+    assert len({case.name for case in cases}) == len(cases)
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in {MODELS[case.model][0] for case in cases}:
+        tiny_dataset(folder / task, task, rows=60, max_length=16)
+    (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
+    run_ranks(work, folder, max(case.ranks for case in cases), deadline_s)
+    return {case.name: json.loads((folder / f"{case.name}.json").read_text()) for case in cases}
 
 
 def _run(folder: Path, case: Case) -> None:
@@ -229,10 +217,3 @@ def train(folder: Path, case: Case) -> dict[str, Any]:
         "weights": digest.hexdigest(),
         "resumed": steps[0] - 1 if steps else fitted.steps,
     }
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    # As ranks of a launch do: threads of torch's may outlive the process group.
-    sys.stdout.flush()
-    os._exit(0)

@@ -8,7 +8,6 @@ fork server that has imported torch, so that a kill costs a fraction of a second
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import random
 import signal
@@ -18,6 +17,7 @@ import pytest
 import torch
 
 from tests import grid
+from tests.ranks import FORKS
 from trainer.parallel.group import Ranks
 from trainer.train.checkpoint import Checkpoints
 
@@ -54,12 +54,10 @@ def last_said(pipe) -> int:
 def test_no_kill_leaves_nothing_that_loads(tmp_path):
     seed, count = grid.seed(), grid.cases(25, 500)
     random_ = random.Random(seed)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "trainer.train.checkpoint", "trainer.train.dcp"])
     newest = 0
     for number in range(count):
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=saver, args=(str(tmp_path), newest + 1, theirs))
+        ours, theirs = FORKS.Pipe(duplex=False)
+        process = FORKS.Process(target=saver, args=(str(tmp_path), newest + 1, theirs))
         process.start()
         theirs.close()
         try:

@@ -7,13 +7,13 @@ machine is. Children come from a fork server that has imported torch already, so
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
 
 import pytest
 
+from tests.ranks import FORKS
 from tests.tiny import tiny_dataset
 from trainer.artifacts.dataset import Dataset
 
@@ -62,32 +62,18 @@ def child(dataset: str, scratch: str | None, result: str, log: str, step: int, n
     Path(result).write_text(json.dumps([rows, fitted.best_step, fitted.metrics, digest.hexdigest()]))
 
 
-@pytest.fixture(scope="module")
-def run():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "trainer.train.fit", "trainer.tasks.classify", "trainer.models.encoder"])
-
-    def run(dataset, scratch, result, step=-1, number=signal.SIGKILL, background=True):
-        """Exit status of a child, and what it said."""
-        log = result.with_suffix(".log")
-        arguments = (
-            str(dataset),
-            str(scratch) if scratch else None,
-            str(result),
-            str(log),
-            step,
-            int(number),
-            background,
-        )
-        process = context.Process(target=child, args=arguments)
-        process.start()
-        try:
-            process.join(120)
-            return process.exitcode, log.read_text()
-        finally:
-            process.kill()
-
-    return run
+def run(dataset, scratch, result, step=-1, number=signal.SIGKILL, background=True):
+    """Exit status of a child, and what it said."""
+    log = result.with_suffix(".log")
+    place = str(scratch) if scratch else None
+    arguments = (str(dataset), place, str(result), str(log), step, int(number), background)
+    process = FORKS.Process(target=child, args=arguments)
+    process.start()
+    try:
+        process.join(120)
+        return process.exitcode, log.read_text()
+    finally:
+        process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +82,7 @@ def dataset(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(dataset, run, tmp_path_factory):
+def undisturbed(dataset, tmp_path_factory):
     """What a run without checkpoints and without kills gives."""
     result = tmp_path_factory.mktemp("whole") / "result.json"
     assert run(dataset, None, result)[0] == 0
@@ -111,7 +97,7 @@ def undisturbed(dataset, run, tmp_path_factory):
     ],
 )  # fmt: skip
 def test_killed_at_random_steps_it_ends_with_the_same_bits(
-    number, code, seed, background, dataset, undisturbed, run, tmp_path
+    number, code, seed, background, dataset, undisturbed, tmp_path
 ):
     steps = sorted(random.Random(seed).sample(range(11, STEPS), 3))
     print(f"seed {seed}: steps {steps}")
@@ -132,7 +118,7 @@ def test_killed_at_random_steps_it_ends_with_the_same_bits(
     assert not (tmp_path / "killed.json").exists()
 
 
-def test_sigterm_in_the_first_step_leaves_a_checkpoint_of_it(dataset, undisturbed, run, tmp_path):
+def test_sigterm_in_the_first_step_leaves_a_checkpoint_of_it(dataset, undisturbed, tmp_path):
     assert run(dataset, tmp_path, tmp_path / "r.json", 1, signal.SIGTERM)[0] == 143
     assert [path.name for path in tmp_path.glob("train/step-*")] == ["step-000000001"]
     assert run(dataset, tmp_path, tmp_path / "r.json")[0] == 0

@@ -1,6 +1,6 @@
-"""One rank of a group that trains again and again, with a fault in each: `python -m tests.parallel.fault_ranks PLACE`.
+"""One rank of a group that trains again and again, with a fault in each: `run_ranks(fault_ranks.main, place)`.
 
-Writes PLACE/rank-N.json: for each case its outcome (losses, events, digest of the weights, or the error).
+Reads PLACE/data, writes PLACE/rank-N.json: for each case its outcome (losses, events, digest of the weights, or the error).
 """
 
 from __future__ import annotations
@@ -8,12 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
 
-from tests.tiny import tiny_dataset
 from trainer import models
 from trainer.artifacts.dataset import Dataset
 from trainer.config.load import load
@@ -82,14 +80,10 @@ def outcome(dataset: Dataset, words: list[str], kind: type[Classify]) -> dict:
 def main(place: Path) -> None:
     """Train each case."""
     rank = int(os.environ["RANK"])
-    dataset = tiny_dataset(place / f"data-{rank}", "classify", rows=160)
+    dataset = Dataset(place / "data")
     found = {}
     with process_group("gloo", 30.0, torch.device("cpu")):
         for name, (fault, words) in CASES.items():
             os.environ[inject.VARIABLE] = fault
             found[name] = outcome(dataset, words, Narrow if name == "evaluation" else Classify)
     (place / f"rank-{rank}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

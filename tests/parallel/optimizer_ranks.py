@@ -1,13 +1,12 @@
-"""One rank of a group that trains with each optimizer: `python -m tests.parallel.optimizer_ranks PLACE`.
+"""One rank of a group that trains with each optimizer: `run_ranks(optimizer_ranks.main, place)`.
 
-Writes PLACE/rank-N.json: losses of small trainings, and how far sharded steps are from steps on whole tensors.
+Reads PLACE/data, writes PLACE/rank-N.json: losses of small trainings, and how far sharded steps are from steps on whole tensors.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -15,7 +14,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from tests.tiny import tiny_dataset
 from trainer import models, plugins, tasks
 from trainer.artifacts.dataset import Dataset
 from trainer.config import Train
@@ -81,7 +79,7 @@ def main(place: Path) -> None:
     """Train with each optimizer."""
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
-    dataset = tiny_dataset(place / f"data-{rank}", "classify", rows=80)
+    dataset = Dataset(place / "data")
     found: dict = {"losses": {}, "apart": {}, "refused": {}}
     with process_group("gloo", 60.0, torch.device("cpu")):
         for name in plugins.OPTIMIZERS:
@@ -93,7 +91,3 @@ def main(place: Path) -> None:
         for name in sorted(set(plugins.OPTIMIZERS) - plugins.SHARDABLE):
             found["refused"][name] = refused(name, mesh)
     (place / f"rank-{rank}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

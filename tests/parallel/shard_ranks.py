@@ -1,4 +1,4 @@
-"""One rank of a group that saves and loads divided tensors: `python -m tests.parallel.shard_ranks PLACE`.
+"""One rank of a group that saves and loads divided tensors: `run_ranks(shard_ranks.main, place)`.
 
 Writes PLACE/rank-N.json: for each property whether it holds.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -104,7 +103,3 @@ def main(place: Path) -> None:
         ranks.barrier()
         results["nothing half is left"] = [path.name for path in (place / "two").iterdir()] == ["step-000000010"]
     (place / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

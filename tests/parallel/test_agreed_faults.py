@@ -7,10 +7,11 @@ import signal
 
 import pytest
 
+from tests.parallel import fault_ranks
 from tests.parallel.fault_ranks import CASES
 from tests.parallel.test_train_ranks import TWO, Run
+from tests.ranks import run_ranks
 from tests.tiny import tiny_dataset
-from tests.two_ranks import run_two_ranks
 from trainer.train import inject
 
 pytestmark = pytest.mark.parallel
@@ -19,7 +20,8 @@ pytestmark = pytest.mark.parallel
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     place = tmp_path_factory.mktemp("ranks")
-    run_two_ranks("tests.parallel.fault_ranks", place)
+    tiny_dataset(place / "data", "classify", rows=160)
+    run_ranks(fault_ranks.main, place)
     return [json.loads((place / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
+from tests.parallel import shard_ranks
 from tests.parallel.shard_ranks import ROWS, whole
-from tests.two_ranks import run_two_ranks
+from tests.ranks import run_ranks
 from trainer.parallel.group import Ranks
 from trainer.train.checkpoint import Checkpoints
 
@@ -24,7 +25,7 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("ranks")
     with Checkpoints(place / "one", 2, Ranks(), "run") as kept:
         kept.save(20, {"t": whole(20), "step": 20}, {}, durable=True)
-    run_two_ranks("tests.parallel.shard_ranks", place)
+    run_ranks(shard_ranks.main, place)
     return place
 
 

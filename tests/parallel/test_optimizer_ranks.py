@@ -6,10 +6,11 @@ import json
 
 import pytest
 
+from tests.parallel import optimizer_ranks
 from tests.parallel.optimizer_ranks import losses
 from tests.plan_cases import Case, run_cases
+from tests.ranks import run_ranks
 from tests.tiny import tiny_dataset
-from tests.two_ranks import run_two_ranks
 from trainer import plugins
 
 pytestmark = pytest.mark.parallel
@@ -19,15 +20,19 @@ CLOSE = {"lion": 2e-3, "muon": 2e-3, "adamw8bit": 1e-3}
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    place = tmp_path_factory.mktemp("ranks")
-    run_two_ranks("tests.parallel.optimizer_ranks", place)
-    return [json.loads((place / f"rank-{rank}.json").read_text()) for rank in range(2)]
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return tiny_dataset(tmp_path_factory.mktemp("one") / "d", "classify", rows=80)
+def dataset(place):
+    return tiny_dataset(place / "data", "classify", rows=80)
+
+
+@pytest.fixture(scope="module")
+def ranks(dataset, place):
+    run_ranks(optimizer_ranks.main, place)
+    return [json.loads((place / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.parametrize("name", plugins.OPTIMIZERS)
