@@ -40,8 +40,9 @@ lint: $(DEV) ## format, lint, types, and that generated files are up to date
 	@$(BIN)/python -m pipelines.golden --check
 	@$(BIN)/python -m pipelines.manifests --check
 
+# A benchmark ends with 2 where the machine lacks what it measures.
 bench: $(BENCH) ## the numbers of the README and docs, each beside its peer; ONLY="goodput" chooses
-	@set -e; for file in benchmarks/$(or $(ONLY),*).py; do echo "== $$file"; PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python $$file; done
+	@set -e; for file in benchmarks/$(or $(ONLY),*).py; do echo "== $$file"; PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python $$file || test $$? = 2; done
 
 fault: $(DEV) ## the long fault tests (the short ones are part of test): a sample of each grid, all with FULL=1; SEED=... repeats
 	@FULL=$(FULL) SEED=$(SEED) $(BIN)/python -m pytest -n $(JOBS) -m "fault and slow" $(ARGS)

@@ -127,9 +127,9 @@ def test_an_unknown_gpu_has_no_peak(monkeypatch):
     assert utilisation.known_peak(torch.device("cuda"), "bf16") is None
 
 
-@pytest.mark.parametrize("tied", ["true", "false"])
-def test_flops_per_token_are_those_that_torch_counts(tied):
-    params = load(None, [*DECODER, f"model.tie_embeddings={tied}", "model.dropout=0"])
+@pytest.mark.parametrize(("tied", "bigrams"), [("true", 0), ("false", 0), ("true", 50)])
+def test_flops_per_token_are_those_that_torch_counts(tied, bigrams):
+    params = load(None, [*DECODER, f"model.tie_embeddings={tied}", f"model.bigrams={bigrams}", "model.dropout=0"])
     model = models.build(params.model, Spec("lm", vocab_size=300, max_length=64))
     tokens = torch.randint(0, 300, (2, 64))
     with FlopCounterMode(display=False) as counter:

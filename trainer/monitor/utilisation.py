@@ -19,7 +19,7 @@ from trainer.parallel import gpus
 from trainer.record import host
 
 # Weights that are looked up, not multiplied.
-_LOOKUPS = ("embedding", "position")
+_LOOKUPS = ("embedding", "position", "bigrams")
 
 
 def flops_per_token(model: nn.Module, length: int) -> float | None:
