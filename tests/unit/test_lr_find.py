@@ -91,6 +91,14 @@ def test_the_suggestion_is_the_steepest_place_before_the_lowest():
     assert tenth == pytest.approx(rates[40] / 10)
 
 
+def test_a_fall_that_only_comes_back_from_a_rise_is_not_suggested():
+    rates = [10.0**power for power in range(-6, 4)]
+    losses = [3.5, 3.5, 3.5, 3.3, 2.9, 2.6, 2.5, 2.9, 2.4, 2.2]
+    assert suggest(rates, losses) == (rates[4], rates[6] / 10)
+    noise = [3.5, 3.51, 3.49, 3.3, 2.9, 2.6, 2.5, 2.51, 2.4, 2.2]
+    assert suggest(rates, noise) == (rates[4], rates[9] / 10)
+
+
 def test_a_loss_that_never_falls_gives_no_suggestion():
     assert suggest([1e-3, 1e-2, 1e-1, 1.0], [1.0, 2.0, 3.0, 4.0]) == (None, None)
 

@@ -36,6 +36,8 @@ _OFF: dict[str, Any] = {
     "trace": {"start": 0},
 }
 FEWEST = 10
+# A rise of the smoothed loss by so much of its whole fall ends what suggestions are taken from.
+RISE = 0.1
 
 
 @dataclass(frozen=True)
@@ -208,8 +210,15 @@ def smoothed(losses: Sequence[float], share: float) -> list[float]:
 
 
 def suggest(rates: Sequence[float], losses: Sequence[float]) -> tuple[float | None, float | None]:
-    """(rate of the steepest descent before the lowest loss, a tenth of the rate of the lowest); None if it never fell."""
-    lowest = int(np.argmin(losses))
+    """(rate of the steepest descent before the lowest loss, a tenth of the rate of the lowest); None if it never fell.
+
+    Once half of the whole fall is done, losses after a rise by more than `RISE` of it do not count: what falls there comes
+    back from it.
+    """
+    fall, lowest_yet = losses[0] - min(losses), np.minimum.accumulate(losses)
+    risen = (losses[0] - lowest_yet > fall / 2) & (np.asarray(losses) > lowest_yet + RISE * fall)
+    end = int(np.argmax(risen)) if risen.any() else len(losses)
+    lowest = int(np.argmin(losses[:end]))
     if lowest < 2:
         return None, None
     slopes = np.gradient(np.asarray(losses[: lowest + 1]), np.log(rates[: lowest + 1]))

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from trainer.train.lr_find import Found
 
-WIDTH, HEIGHT = 440, 260
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 30, 40
+WIDTH, HEIGHT = 440, 274
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 44, 40
 # Rows of the tables.
 ROWS = 12
 
@@ -147,15 +147,14 @@ def _axes(
 
 
 def _marks(found: Found, x: Callable[[float], float], y: Callable[[float], float]) -> str:
-    """A line and a name for each suggestion; the names on the outer sides, so that they never meet."""
+    """A line and a name for each suggestion; the names one above the other, on the side that has room."""
     assert found.steepest is not None
     assert found.tenth is not None
     parts = []
-    for rate, name, kind in ((found.steepest, "steepest", ""), (found.tenth, "lowest / 10", " tenth")):
-        other = found.tenth if not kind else found.steepest
-        right = rate > other or (rate == other and bool(kind))
-        parts.append(f'<path class="mark{kind}" d="M{x(rate):.1f} {TOP - 6}V{HEIGHT - BOTTOM}"/>')
-        parts.append(_text(x(rate) + (4 if right else -4), TOP - 10, name, "start" if right else "end", "name"))
+    for rate, name, kind, rise in ((found.steepest, "steepest", "", 24), (found.tenth, "lowest / 10", " tenth", 10)):
+        right = x(rate) < WIDTH / 2
+        parts.append(f'<path class="mark{kind}" d="M{x(rate):.1f} {TOP - rise + 4}V{HEIGHT - BOTTOM}"/>')
+        parts.append(_text(x(rate) + (4 if right else -4), TOP - rise, name, "start" if right else "end", "name"))
     place = found.rates.index(found.steepest)
     parts.append(f'<circle class="dot" cx="{x(found.steepest):.1f}" cy="{y(found.smoothed[place]):.1f}" r="4"/>')
     return "".join(parts)
