@@ -2,7 +2,7 @@
 
 python benchmarks/language.py [SECONDS] [section.key=value ...]        (150 seconds by default)
 
-Both learn the preset code-lm's data (Python's standard library) with its tokenizer, one after the other on all cores, in
+All learn the preset code-lm's data (Python's standard library) with its tokenizer, one after the other on all cores, in
 bf16 where the processor has instructions for it. The peers are GPT-2s of like size, one with AdamW and one with torch's
 Muon for the matrices; they are left out where transformers is missing. How many steps fit into the time is measured first,
 on a model that is thrown away; evaluation is not counted. Goal: 1.55 on the validation split, on 2 cores.
