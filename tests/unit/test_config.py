@@ -125,6 +125,11 @@ CROSS = {
     "odd heads": (["task.name=lm", "model.name=decoder", "model.dim=18", "model.heads=6"], "model"),
     "task of the model": (["task.name=lm"], "model.name"),
     "task of the student": (["task.name=lm", "model.name=decoder"], "distill.student.name"),
+    "sequences of texts": (["parallel.cp=2"], "parallel.cp (2) divides the sequences of language models"),
+    "slices of sequences": (
+        ["task.name=lm", "model.name=decoder", "distill.enabled=false", "parallel.cp=3"],
+        "data.max_length is 512: use 510 or 516",
+    ),
     "weights": (["distill.weights=[1, 1]"], "distill"),
     "prune order": (["quantize.prune.begin=0.7", "quantize.prune.end=0.7"], "quantize.prune"),
     "direction": (["tune.metric=val_loss"], "tune"),

@@ -104,12 +104,14 @@ def test_decoder_never_sees_the_future(how):
 
 
 def test_pairs_are_of_a_token_and_the_one_before_it():
-    rows = decoder.pairs(torch.tensor([[5, 6, 7, 5, 6, 0, 0], [6, 5, 6, 7, 8, 9, 4]]), 64)
+    tokens = torch.tensor([[5, 6, 7, 5, 6, 0, 0], [6, 5, 6, 7, 8, 9, 4]])
+    rows = decoder.pairs(tokens, decoder.previous(tokens), 64)
     assert rows[0, 1] == rows[0, 4] == rows[1, 2]
     assert rows[0, 1] != rows[1, 1]
     # The first token has none before it, and padding is in no pair.
     assert (rows == 0).tolist() == [[True] + [False] * 4 + [True] * 2, [True] + [False] * 6]
-    large = decoder.pairs(torch.randint(900_000, 1_000_000, (4, 64)), 16)
+    tokens = torch.randint(900_000, 1_000_000, (4, 64))
+    large = decoder.pairs(tokens, decoder.previous(tokens), 16)
     assert 0 <= int(large.min()) <= int(large.max()) < 16
 
 

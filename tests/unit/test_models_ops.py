@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from trainer.config.model import Decoder as Config
@@ -61,6 +62,20 @@ def test_rotate() -> None:
     x = numbers(2, 3, 7, 8)
     cos, sin = rotary(7, 8, 100.0, torch.device("cpu"))
     assert_same(rotate(x, cos, sin), plain_rotation(x, cos, sin), (x,), 1e-6)
+
+
+@pytest.mark.parametrize(("length", "before"), [(1, 3), (5, 128), (130, 70)])
+def test_causal_attention_of_the_last_places(products, length, before) -> None:
+    torch.manual_seed(0)
+    whole = tuple(numbers(2, before + length, 3, 16).transpose(1, 2) for _ in range(3))
+    parts = (whole[0][:, :, before:].detach().requires_grad_(), *whole[1:])
+    expected = functional.scaled_dot_product_attention(parts[0], *whole[1:], attn_mask=mask_of(length, before))
+    assert_same(causal_attention(*parts), expected, parts, 2e-6)
+
+
+def mask_of(length: int, before: int) -> Tensor:
+    """What each of the last places sees."""
+    return torch.arange(before + length)[None, :] <= torch.arange(before, before + length)[:, None]
 
 
 @pytest.mark.parametrize("length", [1, 5, 128, 129, 300])

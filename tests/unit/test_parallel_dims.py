@@ -22,6 +22,9 @@ MEANT = {
     "both are the rest": ({"zero": 3, "dp_shard": -1}, 4, {"dp_shard": 4}, 3),
     "all given": ({"zero": 3, "dp_replicate": 2, "dp_shard": 2, "tp": 2, "pp": 2}, 16,
                   {"dp_replicate": 2, "dp_shard": 2, "tp": 2, "pp": 2}, 3),
+    "zero is shared along cp": ({"zero": 3, "cp": 2, "tp": 2}, 4, {"cp": 2, "tp": 2}, 3),
+    "zero takes the rest beside cp": ({"zero": 1, "cp": 2}, 8, {"dp_shard": 4, "cp": 2}, 1),
+    "experts lie among the data ranks": ({"ep": 2, "zero": 2}, 4, {"dp_shard": 4}, 2),
     "tp takes all, zero has nothing": ({"zero": 3, "tp": 4}, 4, {"tp": 4}, 0),
 }  # fmt: skip
 # name -> (keys, ranks, what the message says, what the fix says)
@@ -41,6 +44,7 @@ REFUSED = {
     ),
     "the smallest change": ({"tp": 4, "pp": 3}, 8, "tp 4 x pp 3 = 12", "parallel.pp=2"),
     "shards without zero": ({"dp_shard": 2}, 4, "they share nothing", "parallel.zero=3"),
+    "experts among too few": ({"ep": 2, "tp": 2}, 2, "among 1 that see different batches", "divides 1"),
     "no ranks": ({"dp_replicate": 0}, 4, "0 ranks", "dp_replicate=1"),
 }
 
@@ -81,7 +85,11 @@ def test_whatever_is_accepted_is_a_mesh_of_all_ranks():
 def test_context_and_expert_parallel_say_why_not():
     with pytest.raises(ConfigError, match="context parallel is for GPUs"):
         check_axes(Dims(cp=2), "cpu", has_experts=False)
-    with pytest.raises(ConfigError, match="no model family"):
-        check_axes(Dims(cp=2), "cuda", has_experts=False)
+    check_axes(Dims(cp=2), "cuda", has_experts=False)
     with pytest.raises(ConfigError, match="no experts"):
         check_axes(Dims(ep=2), "cpu", has_experts=False)
+    check_axes(Dims(dp_replicate=2, ep=2), "cpu", has_experts=True)
+    for axis in ("pp", "cp", "tp"):
+        with pytest.raises(ConfigError, match="experts are divided among ranks that see different batches") as caught:
+            check_axes(Dims(dp_replicate=2, ep=2, **{axis: 2}), "cuda", has_experts=True)
+        assert f"parallel.{axis}=1" in caught.value.hint

@@ -138,6 +138,13 @@ def test_a_precision_that_the_gpu_lacks_is_refused() -> None:
     assert caught.value.hint == "use train.precision=fp16"
 
 
+@pytest.mark.parametrize("axis", ["cp", "ep"])
+def test_an_axis_that_cannot_be_planned_for_is_refused(axis: str) -> None:
+    with pytest.raises(ConfigError, match=f"parallel.{axis}: 2, but it cannot be planned for") as caught:
+        asked("llama-8b", 64, "h100", f"parallel.{axis}=2")
+    assert caught.value.hint == f"plan with parallel.{axis}=1"
+
+
 def test_a_family_that_cannot_be_planned_for_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, error = run(capsys, "--preset", "digits", "--gpus", "8")
     assert code == 2

@@ -49,3 +49,22 @@ class Params(Section):
                     f"{key}.name is {model.name!r}, which cannot learn task {self.task.name!r}; use one of {', '.join(fitting)}"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _sequences_can_be_divided(self) -> Self:
+        ranks, length = self.parallel.cp, self.data.max_length
+        if ranks == 1:
+            return self
+        if self.task.name != "lm":
+            raise ValueError(
+                f"parallel.cp ({ranks}) divides the sequences of language models, and task.name is {self.task.name!r}: use "
+                "parallel.cp: 1"
+            )
+        if length % (2 * ranks):
+            step = 2 * ranks
+            fitting = " or ".join(str(each) for each in (length // step * step, -(-length // step) * step) if each)
+            raise ValueError(
+                f"parallel.cp ({ranks}) cuts each sequence into {step} slices, and data.max_length is {length}: use {fitting} "
+                "for that, or parallel.cp: 1"
+            )
+        return self

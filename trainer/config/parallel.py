@@ -61,9 +61,9 @@ class Parallel(Section):
     """Ranks that divide the blocks, one after the other (pipeline parallel)."""
     pipeline: Pipeline = Pipeline()
     cp: int = Field(default=1, ge=1)
-    """Ranks that divide each sequence (context parallel; GPUs only)."""
+    """Ranks that divide each sequence (context parallel; GPUs only, language models only)."""
     ep: int = Field(default=1, ge=1)
-    """Ranks that divide the experts of a mixture (expert parallel); for models that have them."""
+    """Ranks, among those that see different batches, that divide the experts of a mixture; for models that have them."""
     nccl: Nccl = Nccl()
     preflight: Literal["auto", "off", "on"] = "auto"
     """Before training, see which ranks are there, how fast each pair is, and who is slow or dead: `auto` on several nodes."""

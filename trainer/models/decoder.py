@@ -66,20 +66,27 @@ class Block(nn.Module):
         return out
 
     def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Causal self-attention; each key and value head serves heads / kv_heads query heads."""
+        """Causal self-attention."""
         batch, length, _ = x.shape
         query = self.query(x).view(batch, length, self.heads, self.width).transpose(1, 2)
         key = self.key(x).view(batch, length, self.kv_heads, self.width).transpose(1, 2)
         value = self.value(x).view(batch, length, self.kv_heads, self.width).transpose(1, 2)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        group = self.heads // self.kv_heads
-        if group > 1:
-            key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-        attended = causal_attention(query, key, value)
+        attended = self.mix(rotate(query, cos, sin), rotate(key, cos, sin), value)
         out: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
         return out
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of queries (batch, heads, length, width) to keys and values (batch, kv_heads, length, width)."""
+        return causal_attention(query, *self.spread(key, value))
+
+    def spread(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """A key and a value head for each query head: one serves heads / kv_heads of them."""
+        group = self.heads // self.kv_heads
+        if group == 1:
+            return key, value
+        return key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
 
 
 class Decoder(Stack):
@@ -110,9 +117,13 @@ class Decoder(Stack):
         """Tokens int64 (batch, length) as vectors (batch, length, dim)."""
         x: Tensor = self.embedding(inputs)
         if self.bigrams is not None:
-            x = x + self.bigrams(pairs(inputs, self.bigrams.num_embeddings))
+            x = x + self.bigrams(pairs(inputs, self.before(inputs), self.bigrams.num_embeddings))
         embedded: Tensor = self.dropout(x)
         return embedded
+
+    def before(self, inputs: Tensor) -> Tensor:
+        """The token before each."""
+        return previous(inputs)
 
     def beside(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """Cosine and sine of the rotary angles."""
@@ -136,9 +147,13 @@ class Decoder(Stack):
         return (*inputs.shape, self.dim)
 
 
-def pairs(tokens: Tensor, rows: int) -> Tensor:
+def previous(tokens: Tensor) -> Tensor:
+    """The token before each, int64 (batch, length); padding before the first."""
+    return pad(tokens[:, :-1], (1, 0), value=PAD)
+
+
+def pairs(tokens: Tensor, before: Tensor, rows: int) -> Tensor:
     """Row, int64 (batch, length), of each token and the one before it; 0 where one of the two is missing or padding."""
-    before = pad(tokens[:, :-1], (1, 0), value=PAD)
     hashed = 1 + (before * MIX_PREVIOUS + tokens * MIX_TOKEN) % PRIME % (rows - 1)
     return torch.where((before != PAD) & (tokens != PAD), hashed, torch.zeros_like(hashed))
 

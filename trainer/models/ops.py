@@ -108,11 +108,27 @@ def _products_by_onednn(dtype: torch.dtype) -> bool:
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(query key' / sqrt(width), no later place) value; all are (batch, heads, length, width)."""
+    """softmax(query key' / sqrt(width), no later place) value.
+
+    Args:
+        query: (batch, heads, length, width).
+        key: (batch, heads, places, width); the last query is at the last place, and places >= length.
+        value: as key.
+    """
     if eager_cpu(query) and _products_by_onednn(query.dtype):
         out: Tensor = _CausalAttention.apply(query, key, value)
         return out
-    return functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    length, places = query.shape[2], key.shape[2]
+    if length == places:
+        return functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    mask: Tensor
+    if query.device.type == "cpu":
+        mask = torch.ones(length, places, dtype=torch.bool).tril_(places - length)
+    else:
+        from torch.nn.attention.bias import causal_lower_right  # imports the compiler
+
+        mask = causal_lower_right(length, places)  # no tensor of that size: the kernels know what it means
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -122,11 +138,11 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         shape = query.shape
         query = (query * shape[-1] ** -0.5).reshape(-1, *shape[-2:])
-        key, value = key.reshape(query.shape), value.reshape(query.shape)
+        key, value = (each.reshape(-1, *each.shape[-2:]) for each in (key, value))
         ctx.save_for_backward(query, key, value)
         out = torch.empty_like(query)
-        for start, end in _pieces(shape[-2]):
-            out[:, start:end] = torch.bmm(_weights(query, key, start, end), value[:, :end])
+        for start, end, seen in _pieces(query, key):
+            out[:, start:end] = torch.bmm(_weights(query, key, start, end, seen), value[:, :seen])
         return out.view(shape)
 
     @staticmethod
@@ -136,24 +152,28 @@ class _CausalAttention(torch.autograd.Function):
         shape = gradients[0].shape
         gradient = gradients[0].reshape(query.shape)
         of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for start, end in _pieces(shape[-2]):
-            weights, part = _weights(query, key, start, end), gradient[:, start:end]
-            of_value[:, :end] += torch.bmm(weights.transpose(1, 2), part)
-            of_weights = torch.bmm(part, value[:, :end].transpose(1, 2))
+        for start, end, seen in _pieces(query, key):
+            weights, part = _weights(query, key, start, end, seen), gradient[:, start:end]
+            of_value[:, :seen] += torch.bmm(weights.transpose(1, 2), part)
+            of_weights = torch.bmm(part, value[:, :seen].transpose(1, 2))
             of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-            of_query[:, start:end] = torch.bmm(of_scores, key[:, :end])
-            of_key[:, :end] += torch.bmm(of_scores.transpose(1, 2), query[:, start:end])
+            of_query[:, start:end] = torch.bmm(of_scores, key[:, :seen])
+            of_key[:, :seen] += torch.bmm(of_scores.transpose(1, 2), query[:, start:end])
         of_query *= shape[-1] ** -0.5
-        return of_query.view(shape), of_key.view(shape), of_value.view(shape)
+        of_keys = (*shape[:-2], *key.shape[-2:])
+        return of_query.view(shape), of_key.view(of_keys), of_value.view(of_keys)
 
 
-def _pieces(length: int) -> list[tuple[int, int]]:
-    return [(start, min(start + ROWS, length)) for start in range(0, length, ROWS)]
+def _pieces(query: Tensor, key: Tensor) -> list[tuple[int, int, int]]:
+    """Rows of queries, from one to another, and the number of places that the last of them sees."""
+    length, before = query.shape[1], key.shape[1] - query.shape[1]
+    ends = [(start, min(start + ROWS, length)) for start in range(0, length, ROWS)]
+    return [(start, end, end + before) for start, end in ends]
 
 
-def _weights(query: Tensor, key: Tensor, start: int, end: int) -> Tensor:
-    """Attention weights of the queries `start` to `end` over the places up to them: (batch x heads, rows, end)."""
-    scores = torch.bmm(query[:, start:end], key[:, :end].transpose(1, 2))
+def _weights(query: Tensor, key: Tensor, start: int, end: int, seen: int) -> Tensor:
+    """Attention weights of the queries `start` to `end` over the places up to them: (batch x heads, rows, seen)."""
+    scores = torch.bmm(query[:, start:end], key[:, :seen].transpose(1, 2))
     later = torch.full((end - start, end - start), -math.inf, dtype=scores.dtype).triu_(1)
-    scores[:, :, start:end] += later
+    scores[:, :, seen - (end - start) :] += later
     return scores.softmax(-1)

@@ -8,7 +8,10 @@
 | cp | divide each sequence |
 | tp | divide each matrix |
 
-From the slowest to the fastest: the ranks along tp are next to each other, on one host where they can be.
+From the slowest to the fastest: the ranks along tp are next to each other, on one host where they can be. Ranks along
+dp_shard and cp together share what `parallel.zero` says: all of them hold the same blocks and sum their gradients.
+
+Beside the axes, `ep` of the ranks that see different batches divide a mixture's experts.
 """
 
 from __future__ import annotations
@@ -49,9 +52,15 @@ class Dims:
         """Number of ranks, or groups of ranks, that see different batches."""
         return self.dp_replicate * self.dp_shard
 
+    @property
+    def sharers(self) -> int:
+        """Number of ranks that share one copy of the model, or of their part of it, by `zero`."""
+        return self.dp_shard * self.cp
+
     def __str__(self) -> str:
         """Such as `pp2 x dp_shard2 (zero 3)`."""
-        parts = [f"{axis}{length}" for axis, length in zip(AXES, self.shape, strict=True) if length > 1]
+        lengths = {**dict(zip(AXES, self.shape, strict=True)), "ep": self.ep}
+        parts = [f"{axis}{length}" for axis, length in lengths.items() if length > 1]
         return (" x ".join(parts) or "1 rank") + (f" (zero {self.zero})" if self.zero else "")
 
 
@@ -84,7 +93,13 @@ def resolve(parallel: Parallel, num_ranks: int) -> Dims:
             f"parallel.dp_shard: {given['dp_shard']} ranks share a model, but parallel.zero is 0: they share nothing",
             "use parallel.zero=3 (or 1, 2), or parallel.dp_shard=1",
         )
-    return Dims(**given, ep=parallel.ep, zero=parallel.zero if given["dp_shard"] > 1 else 0)
+    found = Dims(**given, ep=parallel.ep, zero=parallel.zero if given["dp_shard"] * given["cp"] > 1 else 0)
+    if found.data % found.ep:
+        raise ConfigError(
+            f"parallel.ep: {found.ep} ranks divide the experts, among {found.data} that see different batches",
+            f"use a parallel.ep that divides {found.data}",
+        )
+    return found
 
 
 def _misfit(given: dict[str, int], fixed: int, num_ranks: int, rest: bool) -> ConfigError:
@@ -115,22 +130,25 @@ def check_axes(dims: Dims, device: str, has_experts: bool) -> None:
     Args:
         dims: the axes.
         device: cpu or cuda.
-        has_experts: whether the model names modules that are experts of a mixture (`expert_modules`).
+        has_experts: whether the model has a mixture of experts (`trainer.models.experts`).
 
     Raises:
         ConfigError: cp or ep is above 1 and cannot be.
     """
     if dims.cp > 1 and device == "cpu":
         raise ConfigError(
-            f"parallel.cp: {dims.cp}, but context parallel is for GPUs: attention over a ring has no CPU kernel",
-            "use parallel.cp=1; on CPUs, parallel.tp with parallel.sequence_parallel divides the sequence",
-        )
-    if dims.cp > 1:
-        raise ConfigError(
-            f"parallel.cp: {dims.cp}, but no model family attends over a ring of GPUs yet",
-            "use parallel.cp=1; parallel.tp with parallel.sequence_parallel divides the sequence between attentions",
+            f"parallel.cp: {dims.cp}, but context parallel is for GPUs: ranks on CPUs share one memory and its processors, so "
+            "dividing a sequence among them frees nothing",
+            "use parallel.cp=1; parallel.tp with parallel.sequence_parallel divides the work, train.recompute frees memory",
         )
     if dims.ep > 1 and not has_experts:
         raise ConfigError(
             f"parallel.ep: {dims.ep}, but the model has no experts to divide", "use parallel.ep=1 with this model"
+        )
+    others = [f"parallel.{axis}=1" for axis in ("pp", "cp", "tp") if getattr(dims, axis) > 1]
+    if dims.ep > 1 and others:
+        raise ConfigError(
+            f"parallel.ep: {dims.ep}, but experts are divided among ranks that see different batches, and only where nothing "
+            "but parallel.zero divides the rest",
+            f"use parallel.ep=1, or {' '.join(others)}",
         )

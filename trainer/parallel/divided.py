@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,12 +28,17 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from trainer.artifacts.dataset import Spec
 from trainer.config import Params
 from trainer.parallel import tensor
-from trainer.parallel.dims import AXES, Dims
+from trainer.parallel.context import Context
+from trainer.parallel.dims import Dims
+from trainer.parallel.experts import Shares
 from trainer.parallel.group import Ranks, sum_tensors
 from trainer.parallel.plan import Plan, local
 from trainer.tasks.base import Batch, Task
 from trainer.train import wrapped
 from trainer.train.preempt import Preemption
+
+# Axes of the mesh; ranks along cp are among those of dp_shard, next to each other.
+MESH = ("pp", "dp_replicate", "dp_shard", "tp")
 
 
 class Divided(Plan):
@@ -45,16 +49,17 @@ class Divided(Plan):
     def __init__(self, params: Params, dims: Dims, ranks: Ranks, device: torch.device) -> None:
         super().__init__(params, dims, ranks, device)
         self.mesh = make_mesh(dims, device, params.parallel.timeout_s)
-        self.at = dict(zip(AXES, self.mesh.get_coordinate() or (), strict=True))
-        self.rank = self.at["dp_replicate"] * dims.dp_shard + self.at["dp_shard"]
-        self.size = dims.data
-        self.stream = self.rank
+        self.at = dict(zip(MESH, self.mesh.get_coordinate() or (), strict=True))
+        self.stream = self.at["dp_replicate"] * dims.sharers + self.at["dp_shard"]
+        self.rank, self.size = self.stream // dims.cp, dims.data
         self.counts = self.at["tp"] == 0 and self.at["pp"] == 0
         self.data_group = self.mesh["dp_replicate", "dp_shard"]._flatten("dp").get_group()
         limit(self.data_group, params.parallel.timeout_s)
+        self.context = Context(self.mesh, dims.cp, params.parallel.timeout_s) if dims.cp > 1 else None
+        self.shares = Shares(dims, ranks.rank, params.parallel.timeout_s) if dims.ep > 1 else None
         # Replicated parameters of which each rank along tp sees a part only: their gradients are summed along tp.
         self.partial: list[str] = []
-        # Parameters that another stage has too, and names of those that only other stages have.
+        # Parameters that another stage has too, and names of those that only other ranks have.
         self.copies: set[str] = set()
         self.elsewhere: set[str] = set()
         self.spans: list[tuple[int, int]] | None = None
@@ -70,6 +75,10 @@ class Divided(Plan):
         model.to("meta").train()
         self.skeleton = copy.deepcopy(model)
         self.take(model)
+        if self.context:
+            self.context.divide(model, self.params.model.name, spec)
+        if self.shares:
+            self.shares.divide(model)
         if self.dims.tp > 1:
             self.partial = tensor.divide(model, self.mesh["tp"], self.params, spec, self.spans)
         wrapped.apply(model, self.params.train)
@@ -88,7 +97,11 @@ class Divided(Plan):
                 with torch.no_grad():
                     local(mine[name]).copy_(part_of(whole, mine[name]))
         self.parameters = dict(model.named_parameters())
+        if self.shares:
+            self.shares.held = self.shares.parameters(model)
         self.elsewhere = {name for name, _ in _named(self.skeleton)} - set(mine)
+        if self.elsewhere:
+            self.names = tuple(name for name, _ in self.skeleton.named_parameters())
         return model
 
     def take(self, model: nn.Module) -> None:
@@ -98,10 +111,11 @@ class Divided(Plan):
         """FSDP2 on each block, then on the rest."""
         axes = ("dp_replicate", "dp_shard") if self.dims.dp_replicate > 1 else ("dp_shard",)
         mesh, reshard = self.mesh[axes], self.dims.zero == 3
+        ignored = self.shares.parameters(model) if self.shares else None
         for block in getattr(model, "blocks", ()):
             if block is not None:
-                fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
-        fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+                fully_shard(block, mesh=mesh, reshard_after_forward=reshard, ignored_params=ignored)
+        fully_shard(model, mesh=mesh, reshard_after_forward=reshard, ignored_params=ignored)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # Losses are sums that are divided by the units of all ranks: gradients are summed, not averaged.
@@ -111,6 +125,8 @@ class Divided(Plan):
     def whole(self, model: nn.Module) -> nn.Module:
         """The trained model in one piece on the CPU of rank 0; elsewhere its shape, on the meta device."""
         values = self.values(model)
+        if self.shares:
+            self.shares.collect(values, self.skeleton, self.device)
         if self.ranks.rank == 0:
             self.skeleton.load_state_dict(values, assign=True)
         return self.skeleton
@@ -124,8 +140,14 @@ class Divided(Plan):
         return values
 
     def like(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor | None:
-        """A DTensor divided as the parameter is that the name contains, for itself and what has its shape."""
-        parameter = next((self.parameters[part] for part in name.split("/") if part in self.parameters), None)
+        """A DTensor divided as the parameter is that the name contains, for itself and what has its shape.
+
+        None for what belongs to parameters that only other ranks have.
+        """
+        parts = name.split("/")
+        if self.elsewhere.intersection(parts):
+            return None
+        parameter = next((self.parameters[part] for part in parts if part in self.parameters), None)
         if isinstance(parameter, DTensor) and parameter.shape == size:
             return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
         return torch.empty(size, dtype=dtype)
@@ -136,6 +158,10 @@ class Divided(Plan):
         """Beyond the last example, where the last round of micro-batches does not reach all ranks."""
         together = self.size * batch_size
         return -(-examples // together) * together
+
+    def part(self, batch: Batch) -> Batch:
+        """With context parallel, this rank's places of each sequence."""
+        return self.context.part(batch) if self.context else batch
 
     def backward(self, task: Task, model: nn.Module, batch: Batch, scale: float, *, last: bool) -> dict[str, Tensor]:
         """Forward and backward pass; FSDP sums gradients as `parallel.zero` says."""
@@ -150,7 +176,7 @@ class Divided(Plan):
             model.set_reshard_after_backward(last or self.dims.zero == 3)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """What FSDP has not summed: over the data ranks without ZeRO, over tp where each rank sees a part."""
+        """What FSDP has not summed: over the ranks that see other batches or places, over tp where each sees a part."""
         parameters = list(parameters)
         for parameter in parameters:
             if parameter.grad is None:
@@ -160,8 +186,12 @@ class Divided(Plan):
         partial = {id(self.parameters[name]) for name in self.partial}
         sums = [local(p.grad) for p in parameters if id(p) in partial and p.grad is not None]
         sum_tensors(sums, self.mesh["tp"].get_group())
-        if not self.dims.zero and self.size > 1:
-            sum_tensors([local(p.grad) for p in parameters if p.grad is not None], self.data_group)
+        experts = self.shares.held if self.shares else set()
+        if self.shares:
+            sum_tensors([p.grad for p in parameters if p in experts and p.grad is not None], self.shares.copies)
+        if not self.dims.zero and self.dims.data * self.dims.cp > 1:
+            rest = [local(p.grad) for p in parameters if p not in experts and p.grad is not None]
+            sum_tensors(rest, self.data_group)
 
     def norm(self, parameters: Iterable[nn.Parameter]) -> float:
         """From each rank the squares of what it holds, of copies one: summed over all ranks."""
@@ -179,6 +209,8 @@ class Divided(Plan):
 
     def _speaks_for(self, parameter: Tensor) -> bool:
         """Whether of the ranks that hold the same part of a parameter this one is the first."""
+        if self.shares and parameter in self.shares.held:
+            return self.shares.first
         divided = {"pp"}
         if isinstance(parameter, DTensor):
             names = parameter.device_mesh.mesh_dim_names or ()
@@ -209,7 +241,7 @@ class Divided(Plan):
                 shard=(self.rank, self.size),
                 poll=poll,
                 lockstep=True,
-                tally=partial(self.tally, task, model),
+                tally=lambda batch: self.tally(task, model, self.part(batch)),
             )
         finally:
             # The weights that the evaluation has gathered are divided again.
@@ -220,9 +252,10 @@ class Divided(Plan):
 
 
 def make_mesh(dims: Dims, device: torch.device, timeout_s: float) -> DeviceMesh:
-    """All ranks along the axes of `AXES`; collectives along an axis give up as those of all ranks do."""
-    mesh = init_device_mesh(device.type, dims.shape, mesh_dim_names=AXES)
-    for axis, length in zip(AXES, dims.shape, strict=True):
+    """All ranks along the axes of `MESH`; collectives along an axis give up as those of all ranks do."""
+    shape = (dims.pp, dims.dp_replicate, dims.sharers, dims.tp)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=MESH)
+    for axis, length in zip(MESH, shape, strict=True):
         if length > 1:
             limit(mesh.get_group(axis), timeout_s)
     return mesh

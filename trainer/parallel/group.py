@@ -130,6 +130,13 @@ class Group(Ranks):
         dist.barrier()
 
 
+def subgroup(parts: list[list[int]], timeout_s: float) -> dist.ProcessGroup:
+    """The group of those ranks, of `parts` of all ranks, that this rank is one of; all ranks call it with the same parts."""
+    found = dist.new_subgroups_by_enumeration(parts, timeout=timedelta(seconds=timeout_s))[0]
+    assert isinstance(found, dist.ProcessGroup)
+    return found
+
+
 def sum_tensors(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Sum tensors over a group's ranks (all ranks without one), in place."""
     for bucket in _buckets(tensors):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trainer.artifacts.dataset import Spec
 from trainer.config import Params
+from trainer.models.experts import Experts
 from trainer.parallel.dims import Dims, check_axes, resolve
 from trainer.parallel.group import Ranks
 from trainer.tasks.base import Batch, Task
@@ -29,7 +30,7 @@ class Plan:
         size: number of those.
         stream: number of this rank's random numbers; ranks that make the same of the same batch have the same.
         counts: whether this rank's units, losses and tallies count in sums over all ranks: of the ranks that see the
-            same batch, one does.
+            same part of a batch, one does.
         lockstep: whether a forward pass needs other ranks: then all make equally many.
         names: of all parameters of the whole model, where this rank has but some of them.
     """
@@ -88,13 +89,17 @@ class Plan:
         """
         return examples
 
+    def part(self, batch: Batch) -> Batch:
+        """What this rank works on of a batch that it may share with others; units and losses are those of the part."""
+        return batch
+
     def backward(self, task: Task, model: nn.Module, batch: Batch, scale: float, *, last: bool) -> dict[str, Tensor]:
         """Forward and backward pass of a micro-batch: its loss terms by name, float64 sums over units, not scaled.
 
         Args:
             task: its losses.
             model: as `prepare` gave it, or compiled.
-            batch: on the device.
+            batch: this rank's part, on the device.
             scale: factor of the loss whose gradient is added to the parameters' gradients.
             last: whether it is the step's last micro-batch on this rank.
         """
@@ -138,7 +143,7 @@ class Plan:
         return task.total(model, "val", batch_size, shard=(self.rank, self.size), poll=preemption.poll)
 
     def tally(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
-        """The task's tally of a batch; empty where this rank has no logits."""
+        """The task's tally of this rank's part of a batch; empty where this rank has no logits."""
         return task.tally(task.forward(model, batch).float(), batch).cpu()
 
 
@@ -157,8 +162,8 @@ def make(params: Params, ranks: Ranks, device: torch.device, model: nn.Module) -
     # A stage that does not start ranks (tuning, distillation) trains in one process, whatever `train.processes` is.
     alone = ranks.size == 1 and params.train.processes > 1
     dims = Dims() if alone else resolve(params.parallel, ranks.size)
-    check_axes(dims, device.type, hasattr(model, "expert_modules"))
-    if dims.zero == 0 and dims.tp == dims.pp == 1:
+    check_axes(dims, device.type, any(isinstance(module, Experts) for module in model.modules()))
+    if dims.zero == 0 and dims.tp == dims.pp == dims.cp == dims.ep == 1:
         return Plan(params, dims, ranks, device)
     from trainer.parallel.divided import Divided  # FSDP and DTensor: heavy, imported when first needed
 

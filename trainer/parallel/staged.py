@@ -29,8 +29,7 @@ class Staged(Divided):
         # The last stage has the losses.
         self.counts = self.at["tp"] == 0 and self.place == dims.pp - 1
         # Stages draw dropout of their own.
-        self.stream = self.rank + self.place * self.size
-        self.copies: set[str] = set()
+        self.stream += self.place * dims.data * dims.cp
 
     # -- the model --------------------------------------------------------------------------------------------------
 
@@ -38,7 +37,6 @@ class Staged(Divided):
         """This rank's part of the model; its parameters have the names that they have in the whole."""
         part = super().prepare(model, spec)
         assert isinstance(part, Stack)
-        self.names = tuple(name for name, _ in self.skeleton.named_parameters())
         self.copies = set(copied(part, self.place))
         context = partial(autocast, self.params.train, self.device)
         assert self.spans is not None
@@ -69,13 +67,6 @@ class Staged(Divided):
         if self.place == 0:
             self.skeleton.load_state_dict(values, assign=True)
         return self.skeleton
-
-    def like(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor | None:
-        """None for what belongs to parameters of other stages."""
-        parts = name.split("/")
-        if len(parts) > 2 and parts[2] in self.elsewhere:
-            return None
-        return super().like(name, size, dtype)
 
     # -- a step -----------------------------------------------------------------------------------------------------
 

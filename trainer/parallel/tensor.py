@@ -83,10 +83,10 @@ def check(params: Params, size: int, spec: Spec) -> None:
         )
     if not params.parallel.sequence_parallel:
         return
-    length = _step(params, spec)
+    length = _step(params, spec) // params.parallel.cp
     if length % size:
         raise ConfigError(
-            f"parallel.tp: {size} does not divide sequences, whose lengths are multiples of {length}",
+            f"parallel.tp: {size} does not divide sequences, whose lengths on a rank are multiples of {length}",
             "use parallel.sequence_parallel=false, or a data.max_length (data.image_size) that parallel.tp divides",
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from trainer.config import Params
@@ -126,5 +125,5 @@ def configured(params: Params, gpus: int) -> Layout:
 def global_batch(params: Params) -> int:
     """Sequences of a step as params.yaml means it: for the ranks that it names itself, however many GPUs there will be."""
     ranks = max(params.train.processes, params.cluster.gpus_per_node) * params.cluster.job.nodes
-    copies = max(1, ranks // math.prod((params.parallel.tp, params.parallel.pp, params.parallel.cp)))
+    copies = max(1, ranks // (params.parallel.tp * params.parallel.pp))
     return params.train.batch_size * params.train.accumulation * copies

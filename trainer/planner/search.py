@@ -87,8 +87,15 @@ def problem_of(
         fixed: keys that must stay as they are.
 
     Raises:
-        ConfigError: the model is none that can be planned for, or the GPU cannot compute in `train.precision`.
+        ConfigError: the model is none that can be planned for, the GPU cannot compute in `train.precision`, or an axis is
+            asked for whose memory and traffic are not known.
     """
+    for axis, why in (("cp", "its memory and traffic are not in the figures"), ("ep", "no model family has experts")):
+        if getattr(params.parallel, axis) > 1:
+            raise ConfigError(
+                f"parallel.{axis}: {getattr(params.parallel, axis)}, but it cannot be planned for: {why}",
+                f"plan with parallel.{axis}=1",
+            )
     precision = params.train.precision
     if precision != "auto" and precision not in gpu.flops:
         able = next(name for name in ("bf16", "fp16", "fp32") if name in gpu.flops)

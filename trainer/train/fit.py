@@ -125,7 +125,7 @@ def checkpoints_of(params: Params, task: Task, model: nn.Module, folder: Path | 
         files=files_of(params.model, task.dataset) if folder else {},
         store=train.checkpoint_store if folder and folder.name == "train" else "",
         device=plan.device,
-        parts=plan.dims.pp > 1,
+        parts=plan.dims.pp > 1 or plan.dims.ep > 1,
     )
 
 

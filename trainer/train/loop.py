@@ -194,7 +194,7 @@ class Loop:
             rng = np.random.default_rng([self.train.seed, now.epoch, now.offset])
             batch = self.task.augment(self.task.batch("train", rows), rng, start if real else 0)
             self.guard.look(batch, rows)
-            batches.append((to_device(batch, self.device), real))
+            batches.append((to_device(self.plan.part(batch), self.device), real))
         return batches, len(index)
 
     # -- a step's parts ---------------------------------------------------------------------------------------------
