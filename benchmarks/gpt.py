@@ -1,12 +1,12 @@
-"""Tokens per second of small GPTs on a CPU: ours as it is trained, a bare loop over its model, nanoGPT and HF Trainer.
+"""Tokens per second of small GPTs on a CPU: ours as it is trained, nanoGPT and HF Trainer.
 
 python benchmarks/gpt.py --nanogpt DIR    # DIR: a clone of github.com/karpathy/nanoGPT; without it that row is left out
 
 Ours is the real training loop, with precision, compilation and threads left to `auto`. Between two of its steps each of
-the others makes one, so that what else the machine does hits all alike; peers run with torch as it comes. All have as many
-parameters within 2 %. The overhead of our loop is its time over that of a bare forward, backward, clip and step of the same
-model with the same settings. HF Trainer is left out where transformers is missing. Goals: 1.3 times nanoGPT's fp32 for the
-small one, 1.1 times its best for the large one, an overhead below 3 %.
+the others makes one, so that what else the machine does hits all alike; peers run with torch as it comes, but share with
+ours that the C library keeps freed memory. All have as many parameters within 2 %. HF Trainer is left out where transformers
+is missing. Goals: 1.3 times nanoGPT's fp32 for the small one, 1.1 times its best for the large one. What the loop takes by
+itself: overhead.py.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
             "train.precision=auto", "train.compile=auto", f"train.threads={threads}", "train.device=cpu",
         ]  # fmt: skip
         peers = contenders(shape, steps, args.nanogpt, args.compiled, args.threads)
-        taken = race(load(None, words), shape, "cpu", peers, bare_too=True)
+        taken = race(load(None, words), shape, "cpu", peers)
         print(f"\nGPT {size}, {args.threads} threads, {shape.tokens} tokens a step, {len(taken['ours'])} steps each")
         print(table(taken, shape.tokens), flush=True)
 

@@ -1,4 +1,4 @@
-"""Training steps of GPTs of one shape: ours, a bare loop over our model, nanoGPT's and Hugging Face Trainer's, in turn.
+"""Training steps of GPTs of one shape: ours, nanoGPT's and Hugging Face Trainer's, in turn.
 
 All train on random tokens with AdamW, decay 0.1, betas 0.9 and 0.95, clipping at 1 and no dropout. Between two steps of
 our own loop each of the others makes one, so that what else the machine does hits all alike.
@@ -7,7 +7,6 @@ our own loop each of the others makes one, so that what else the machine does hi
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import statistics
 import sys
@@ -26,9 +25,6 @@ from trainer import models, tasks
 from trainer.artifacts import manifest
 from trainer.artifacts.dataset import SPLITS, Dataset, Spec, spec_meta
 from trainer.config import Params
-from trainer.tasks.token_loss import token_loss
-from trainer.train import optimizers
-from trainer.train.device import autocast
 from trainer.train.fit import fit
 from trainer.train.state import seed_all
 
@@ -185,25 +181,7 @@ def in_turns(loop: Callable[[Step], None]) -> Step:
     return step
 
 
-def bare(params: Params, model: torch.nn.Module, vocab: int, length: int) -> Step:
-    """A step of a loop that does nothing else, with what `auto` has chosen for ours."""
-    optimizer = optimizers.build(model, params.train)
-
-    def step() -> None:
-        inputs, targets = torch.randint(vocab, (2, params.train.batch_size, length))
-        with autocast(params.train, torch.device("cpu")):
-            loss = model(inputs, finish=functools.partial(token_loss, targets=targets)) / targets.numel()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def race(
-    params: Params, shape: Shape, device: str, others: dict[str, Contender], bare_too: bool = False
-) -> dict[str, list[float]]:
+def race(params: Params, shape: Shape, device: str, others: dict[str, Contender]) -> dict[str, list[float]]:
     """Seconds of each step of each contender: `ours` in our training loop, and the others in turn with it.
 
     Args:
@@ -211,7 +189,6 @@ def race(
         shape: of all.
         device: cpu or cuda.
         others: name -> what it is and does.
-        bare_too: whether a `bare loop` over our model takes part (CPU only).
     """
     seed_all(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -221,14 +198,8 @@ def race(
         for name, (count, _) in others.items():
             if abs(count / size - 1) > 0.02:
                 raise ValueError(f"{name} has {count:,} parameters, ours {size:,}")
-        task, steps = tasks.build(params, dataset), {name: step for name, (_, step) in others.items()}
-        taken: dict[str, list[float]] = {name: [] for name in ("ours", *(["bare loop"] if bare_too else []), *others)}
-        losses, before, precision = task.losses, 0.0, "fp32"
-
-        def watched(model: torch.nn.Module, batch: Any) -> Any:
-            nonlocal precision
-            precision = "bf16" if torch.is_autocast_enabled(device) else "fp32"
-            return losses(model, batch)
+        taken: dict[str, list[float]] = {name: [] for name in ("ours", *others)}
+        before = 0.0
 
         def wait() -> float:
             if device == "cuda":
@@ -238,21 +209,16 @@ def race(
         def on_step(step: int, total: int, _: torch.nn.Module) -> None:
             nonlocal before
             now = wait()
-            if step == 1 and bare_too:
-                chosen = params.model_copy(update={"train": params.train.model_copy(update={"precision": precision})})
-                copied = models.build(params.model, dataset.spec).train()
-                steps["bare loop"] = bare(chosen, copied, shape.vocab, shape.length)
             if step > WARM_UP:
                 taken["ours"].append(now - before)
-            for name, other in steps.items():
+            for name, (_, other) in others.items():
                 start = wait()
                 other()
                 if step > WARM_UP:
                     taken[name].append(wait() - start)
             before = wait()
 
-        task.losses = watched  # type: ignore[method-assign]
-        fit(params, task, model, on_step=on_step)
+        fit(params, tasks.build(params, dataset), model, on_step=on_step)
     return taken
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import random
 
 import numpy as np
@@ -11,8 +12,9 @@ from torch import nn
 
 from trainer import plugins
 from trainer.config import Train
-from trainer.train import optimizers, schedules, state
+from trainer.train import device, optimizers, schedules, state
 from trainer.train.checkpoint import join, split
+from trainer.train.memory import resident
 from trainer.train.named_state import named_state, set_named_state
 
 TOTAL = 100
@@ -166,3 +168,15 @@ def test_trees_come_back_whole():
 def test_objects_have_no_place_in_a_checkpoint():
     with pytest.raises(TypeError, match="/a/0: a set"):
         split({"a": [{1, 2}]})
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt(3) is of glibc")
+@pytest.mark.parametrize("kept", [True, False])
+def test_memory_that_a_step_has_freed_is_there_for_the_next_and_given_back_at_the_end(kept):
+    # More than glibc ever keeps by itself.
+    size = 48 << 20
+    with device.pages_kept(kept):
+        for _ in range(2):
+            torch.ones(size, dtype=torch.int8)
+        held = resident("VmRSS")
+    assert (held - resident("VmRSS") > size // 2) == kept

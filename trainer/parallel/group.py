@@ -25,7 +25,8 @@ from trainer.parallel.nodes import GENERATION
 from trainer.parallel.preflight import preflight
 from trainer.parallel.rollcall import roll_call
 
-# Gradients are summed in flat pieces of about this many bytes: few collectives, bounded extra memory.
+# Gradients are summed in flat pieces of about this many bytes: few collectives, bounded extra memory. They are summed after
+# the backward pass, not during it: on CPUs that saves nothing, as the sums take the same cores (plans with ZeRO overlap).
 BUCKET_BYTES = 25 << 20
 # Ranks that wait for the same collective give up within a second of each other.
 SILENT_S = 5.0

@@ -9,7 +9,6 @@ learnt. What was learnt stays: it is part of `Progress`.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from trainer.config.train_parts import Recompute
 from trainer.errors import ConfigError, OutOfMemory
 from trainer.parallel.plan import Plan
 from trainer.train import offload, recompute
+from trainer.train.device import give_pages_back
 from trainer.train.state import Progress
 
 LEARNT = "memory.json"
@@ -247,8 +247,7 @@ class Memory:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         elif self.train.memory_gb:
-            with suppress(AttributeError):
-                ctypes.CDLL(None).malloc_trim(0)
+            give_pages_back()
             forget_peak()
 
 

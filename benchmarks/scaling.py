@@ -1,0 +1,113 @@
+"""Weak scaling over processes of one machine: two with a batch each against one, a thread each.
+
+python benchmarks/scaling.py [--rounds 5] [--sizes "0.83 M" "10.8 M"]
+
+The models are those of gpt.py. Twice the processes make twice the examples in a step; the efficiency is the time of a step
+of one process over that of two, 1 at best: what is missing went into sums over the processes and into waiting for the slower
+one, or the two cores have less than twice the speed of one. In each round one process trains, then two do, through the real
+loop and gloo; the figures are of a round's median steps. The last line is the goal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.gpt import SIZES
+from tests.tiny import tiny_dataset
+
+# Of a run, after the first.
+STEPS = {"0.83 M": 50, "10.8 M": 4}
+DEADLINE_S = 600.0
+GOAL = 0.9
+CHILD = """
+import os, sys, time
+from contextlib import nullcontext
+from pathlib import Path
+import torch
+from trainer import models, tasks
+from trainer.artifacts.dataset import Dataset
+from trainer.config.load import load
+from trainer.parallel.group import process_group
+from trainer.train.fit import fit
+from trainer.train.state import seed_all
+
+ends = []
+together = process_group("gloo", 300.0, torch.device("cpu")) if os.environ["WORLD_SIZE"] != "1" else nullcontext()
+with together:
+    dataset, params = Dataset(sys.argv[1]), load(None, sys.argv[2:])
+    seed_all(0)
+    model = models.build(params.model, dataset.spec)
+    fit(params, tasks.build(params, dataset), model, on_step=lambda *_: ends.append(time.perf_counter()))
+if os.environ["RANK"] == "0":
+    print("ends", *ends)
+"""
+
+
+def step_s(dataset: Path, size: str, processes: int) -> float:
+    """Seconds of the median step of a run."""
+    words = [
+        *SIZES[size][0].words(), "task.name=lm", "model.name=decoder", "distill.enabled=false", "train.device=cpu",
+        f"train.max_steps={STEPS[size] + 1}", "train.threads=1", "train.precision=fp32",
+        "train.compile=false", f"train.processes={processes}",
+    ]  # fmt: skip
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    shared |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-c", CHILD, str(dataset), *words]
+    running = [
+        subprocess.Popen(
+            command, env={**shared, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        for rank in range(processes)
+    ]
+    try:
+        said = [each.communicate(timeout=DEADLINE_S)[0] for each in running]
+    finally:
+        for each in running:
+            if each.poll() is None:
+                os.killpg(each.pid, signal.SIGKILL)
+                each.wait()
+    if any(each.returncode for each in running):
+        raise SystemExit(f"error: exit status {[each.returncode for each in running]}")
+    line = next(line for line in said[0].splitlines() if line.startswith("ends "))
+    ends = [float(word) for word in line.split()[1:]]
+    return statistics.median(after - before for before, after in pairwise(ends))
+
+
+def main() -> None:
+    """Print the time of a step of one and of two processes, and the efficiency."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
+    args = parser.parse_args()
+    print(f"{'min / median / max':<20}{'1 process, ms':>26}{'2 processes, ms':>26}{'efficiency':>22}")
+    with tempfile.TemporaryDirectory() as place:
+        for size in args.sizes:
+            folder = Path(place) / size.replace(" ", "")
+            tiny_dataset(folder, "lm", rows=3000, max_length=SIZES[size][0].length)
+            pairs = [(step_s(folder, size, 1), step_s(folder, size, 2)) for _ in range(args.rounds)]
+            one, two = ([1e3 * times[which] for times in pairs] for which in (0, 1))
+            efficiency = [alone / both for alone, both in pairs]
+            print(f"{'GPT ' + size:<20}{spread(one, 1):>26}{spread(two, 1):>26}{spread(efficiency, 2):>22}", flush=True)
+    print(f"goal: at least {GOAL}")
+
+
+def spread(values: list[float], places: int) -> str:
+    """Minimum, median and maximum."""
+    return " / ".join(f"{value:.{places}f}" for value in (min(values), statistics.median(values), max(values)))
+
+
+if __name__ == "__main__":
+    main()
