@@ -89,8 +89,8 @@ golden: $(DEV) ## regenerate tests/golden, and the rights and samples of manifes
 
 lock: ## resolve requirements/*.txt again (needs uv)
 	@uv pip compile $(LOCK) pyproject.toml --extra laptop -o requirements/run.txt
-	@uv pip compile $(LOCK) pyproject.toml --extra laptop --group dev -c requirements/run.txt -o requirements/dev.txt
-	@uv pip compile $(LOCK) pyproject.toml --extra laptop --group dev --group bench -c requirements/dev.txt -o requirements/bench.txt
+	@uv pip compile $(LOCK) pyproject.toml --extra laptop --extra track --group dev -c requirements/run.txt -o requirements/dev.txt
+	@uv pip compile $(LOCK) pyproject.toml --extra laptop --extra track --group dev --group bench -c requirements/dev.txt -o requirements/bench.txt
 	@uv pip compile $(LOCK) pyproject.toml --extra data --extra dvc --extra s3 $(HUB) -c requirements/run.txt -o requirements/data.txt
 	@uv pip compile $(LOCK) pyproject.toml --extra train --extra tune --extra compress --extra evaluate --extra s3 $(HUB) $(SQL) -c requirements/run.txt -o requirements/trainer.txt
 	@uv pip compile $(LOCK) pyproject.toml --extra launcher --extra s3 --no-emit-package numpy -c requirements/run.txt -o requirements/launcher.txt

@@ -5,6 +5,8 @@ import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -192,11 +194,19 @@ def test_the_lock_holds_what_pyproject_asks_for() -> None:
     import tomllib
 
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    extras = {name: asked for name, asked in settings["project"]["optional-dependencies"].items() if name != "track"}
-    asked = [*settings["project"]["dependencies"], *(each for extra in extras.values() for each in extra)]
-    plain = {re.split(r"[\[<>=!~; ]", each)[0] for each in asked} - {"millrace"}
-    names = {re.sub(r"[-_.]+", "-", name).lower() for name in plain}
-    lock = "\n".join((ROOT / "requirements" / name).read_text(encoding="utf-8") for name in ("run.txt", "launcher.txt"))
-    locked = {line.split("==")[0] for line in lock.splitlines() if "==" in line and not line.startswith((" ", "#"))}
-    assert names <= locked
-    assert "--hash=sha256:" in lock
+    extras = settings["project"]["optional-dependencies"]
+    trackers = extras.pop("track")  # what tests need, and no run
+
+    def names(asked: Iterable[str]) -> set[str]:
+        plain = {re.split(r"[\[<>=!~; ]", each)[0] for each in asked} - {"millrace"}
+        return {re.sub(r"[-_.]+", "-", name).lower() for name in plain}
+
+    def locked(*locks: str) -> set[str]:
+        lock = "\n".join((ROOT / "requirements" / name).read_text(encoding="utf-8") for name in locks)
+        assert "--hash=sha256:" in lock
+        return {line.split("==")[0] for line in lock.splitlines() if "==" in line and not line.startswith((" ", "#"))}
+
+    asked = [*settings["project"]["dependencies"], *chain.from_iterable(extras.values())]
+    assert names(asked) <= locked("run.txt", "launcher.txt")
+    assert names(trackers) <= locked("dev.txt")
+    assert not names(trackers) & locked("run.txt", "data.txt", "trainer.txt", "launcher.txt")

@@ -242,7 +242,8 @@ def test_tensorboards_file_holds_each_figure_and_says_where_a_run_goes_on(tmp_pa
 
 
 def test_tensorboard_itself_reads_it_and_drops_what_came_again(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator as accumulator
+
     for resumed, steps in ((0, (1, 2, 3)), (2, (3, 4))):
         board = TensorBoard(tmp_path)
         board.resume(resumed, -1)
@@ -256,7 +257,8 @@ def test_tensorboard_itself_reads_it_and_drops_what_came_again(tmp_path):
 
 
 def test_mlflow_has_each_figure_once_over_a_resume_and_no_secret(tmp_path):
-    mlflow = pytest.importorskip("mlflow")
+    import mlflow
+
     words = ["monitor.trackers=[mlflow]", f"monitor.folder={tmp_path}", "data.source=s3://me:topsecret@bucket/x.csv"]
     params = load(None, words)
     for rows in ((1, 2), (2, 3)):
@@ -276,7 +278,6 @@ def test_mlflow_has_each_figure_once_over_a_resume_and_no_secret(tmp_path):
 
 
 def test_wandb_offline_gets_the_rows(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     params = load(None, ["monitor.trackers=[wandb]", f"monitor.folder={tmp_path}"])
     (tracker,) = trackers.open_trackers(params, "train", None)
