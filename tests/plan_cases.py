@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,7 @@ def train(folder: Path, case: Case) -> dict[str, Any]:
     from trainer import models, tasks
     from trainer.artifacts.dataset import Dataset
     from trainer.config.load import load, with_values
+    from trainer.models.shapes import shapes_only
     from trainer.parallel.dims import resolve
     from trainer.train import checkpoint
     from trainer.train.fit import fit
@@ -190,7 +192,7 @@ def train(folder: Path, case: Case) -> dict[str, Any]:
     dataset = Dataset(folder / name)
     task = tasks.build(params, dataset)
     seed_all(params.train.seed)
-    with torch.device("cpu" if rank == 0 else "meta"):
+    with shapes_only() if rank else nullcontext():
         model = models.build(params.model, dataset.spec)
     steps: list[int] = []
 

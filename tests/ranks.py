@@ -21,7 +21,7 @@ from pathlib import Path
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
-        "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "trainer.train.fit", "trainer.train.dcp",
+        "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "trainer.train.fit", "trainer.train.dcp",
         "trainer.parallel.pipeline", "trainer.parallel.tensor", "trainer.tasks.classify", "trainer.tasks.image",
         "trainer.tasks.lm", "trainer.models.decoder", "trainer.models.encoder", "trainer.models.vit",
     ]

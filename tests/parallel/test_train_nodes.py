@@ -149,6 +149,8 @@ def reference(dataset, tmp_path_factory):
     return digests(out)
 
 
+@pytest.mark.fault
+@pytest.mark.slow
 def test_two_nodes_make_the_model_of_two_local_ranks(dataset, tmp_path, reference):
     with Job(dataset, tmp_path / "job") as job:
         assert job.finish() == [0, 0], job.output()
@@ -157,7 +159,7 @@ def test_two_nodes_make_the_model_of_two_local_ranks(dataset, tmp_path, referenc
         assert not list(job.scratch.glob("*")), "the scratch folder is left"
 
 
-@pytest.mark.parametrize("lost", [1, 0])
+@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=[pytest.mark.fault, pytest.mark.slow])])
 def test_a_lost_node_comes_back_and_the_model_is_the_same(dataset, tmp_path, reference, lost):
     with Job(dataset, tmp_path / "job") as job:
         job.checkpoint()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -250,3 +252,26 @@ def test_sqrtn_is_the_sum_over_the_root_of_the_number_of_ngrams():
     count = (mean.ngrams(tokens) != 0).sum(1, keepdim=True)
     bias = mean.output.bias
     torch.testing.assert_close(sqrtn(tokens) - bias, (mean(tokens) - bias) * count.sqrt())
+
+
+SHAPES = """
+import sys, torch
+from trainer import models
+from trainer.artifacts.dataset import Spec
+from trainer.config.model import FAMILIES
+from trainer.models.shapes import shapes_only
+
+specs = {name: Spec("image", num_labels=2, image_size=8, image_channels=1) for name in ("cnn", "vit")}
+specs["decoder"] = Spec("lm", vocab_size=9, max_length=8)
+before = torch.get_rng_state()
+for name, (family, *_) in FAMILIES.items():
+    with shapes_only():
+        model = models.build(family(name=name), specs.get(name, Spec("classify", vocab_size=9, num_labels=2, max_length=8)))
+    assert all(value.is_meta for value in model.state_dict().values()), name
+assert torch.equal(before, torch.get_rng_state())
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_of_a_model_without_values_nothing_is_drawn_and_no_compiler_is_imported(root):
+    subprocess.run([sys.executable, "-c", SHAPES], cwd=root, check=True, timeout=120)

@@ -6,7 +6,6 @@ import json
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
 from torch import distributed
 
 from trainer import log, models, tasks
@@ -15,6 +14,7 @@ from trainer.artifacts.dataset import Dataset
 from trainer.config import Params
 from trainer.config.load import with_values
 from trainer.errors import ArtifactError
+from trainer.models.shapes import shapes_only
 from trainer.monitor.trackers import open_trackers
 from trainer.stage import Call, Result
 from trainer.train.fit import fit
@@ -31,7 +31,7 @@ def train(call: Call) -> Result:
     seed_all(params.train.seed)
     first = not distributed.is_initialized() or distributed.get_rank() == 0
     # Only the first rank's values count: the others need not have room for the whole model.
-    with nullcontext() if first else torch.device("meta"):
+    with nullcontext() if first else shapes_only():
         model = models.build(params.model, dataset.spec)
     num_parameters = models.num_parameters(model)
     used = {name: getattr(params, name).model_dump(mode="json") for name in ("task", "model", "train")}
