@@ -11,6 +11,7 @@ from typing import Any
 from trainer import storage
 from trainer.config import Params
 from trainer.errors import ConfigError
+from trainer.parallel import fits
 from trainer.stage import STAGES
 
 COMMAND = ("python", "-m", "trainer")
@@ -160,7 +161,7 @@ def stage(
         run: the run that it belongs to.
 
     Raises:
-        ConfigError: two keys ask for the same device.
+        ConfigError: two keys ask for the same device, or the model cannot be divided among so many ranks.
     """
     from components.table import TASKS, image, resources
 
@@ -196,6 +197,9 @@ def stage(
     )
     if not task.accelerated:
         return spec
+    searched = params.tune.enabled and any(key.startswith("model.") for key in params.tune.space)
+    if task_name == "train" and not searched:
+        fits.check(params, params.train.processes * nodes)
     if cluster.accelerator in job.devices:
         message = f"cluster.job.devices: {cluster.accelerator} is what cluster.gpus_per_node counts"
         raise ConfigError(message, "name it in one place: cluster.gpus_per_node")

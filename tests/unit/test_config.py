@@ -130,6 +130,9 @@ CROSS = {
         ["task.name=lm", "model.name=decoder", "distill.enabled=false", "parallel.cp=3"],
         "data.max_length is 512: use 510 or 516",
     ),
+    "classes of a language model": (
+        ["task.name=lm", "model.name=decoder", "distill.enabled=false", "train.class_weights=balanced"], "train.class_weights",
+    ),
     "weights": (["distill.weights=[1, 1]"], "distill"),
     "prune order": (["quantize.prune.begin=0.7", "quantize.prune.end=0.7"], "quantize.prune"),
     "direction": (["tune.metric=val_loss"], "tune"),

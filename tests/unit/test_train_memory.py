@@ -14,7 +14,9 @@ from trainer import models
 from trainer.config.load import load
 from trainer.errors import ConfigError, OutOfMemory, Preempted
 from trainer.stage import Call
+from trainer.tasks import lm
 from trainer.tasks.classify import Classify
+from trainer.tasks.wrapped import Wrapped
 from trainer.train import inject, memory, offload, optimizers, stage
 from trainer.train.fit import fit
 from trainer.train.state import seed_all
@@ -131,6 +133,35 @@ def test_an_evaluation_takes_smaller_batches_too(dataset):
     assert narrow.metrics["val_accuracy"] == whole.metrics["val_accuracy"]
     assert narrow.metrics["val_loss"] == pytest.approx(whole.metrics["val_loss"], abs=1e-6)
     assert events(narrow)[-1].endswith("evaluations in batches of 8 instead of 16")
+
+
+def test_an_evaluation_of_a_language_model_begins_with_no_more_logits_than_fit(tmp_path, monkeypatch):
+    data = tiny_dataset(tmp_path / "d", "lm", rows=60, max_length=16)
+    params = load(None, ["task.name=lm", "model.name=decoder", "model.dim=24", "model.layers=1", "model.ff=16",
+                         "train.max_steps=1", "train.batch_size=8", "train.threads=1", "distill.enabled=false"])  # fmt: skip
+    sizes = []
+
+    class Watched(lm.LanguageModel):
+        def tally(self, logits, batch):
+            sizes.append(logits.numel() * 4)
+            return super().tally(logits, batch)
+
+    found = []
+    for most in (lm.LOGITS_BYTES, 3 * 4 * 16 * data.spec.vocab_size, 1):
+        monkeypatch.setattr(lm, "LOGITS_BYTES", most)
+        sizes.clear()
+        seed_all(0)
+        task = Watched(params, data)
+        found.append(fit(params, task, models.build(params.model, data.spec)))
+        assert max(sizes) == min(task.num_examples("val"), task.evaluation_batch()) * 4 * 16 * data.spec.vocab_size
+        # What is put around a task, and what evaluates by itself, keeps to it too.
+        assert Wrapped(task).evaluation_batch() == task.evaluation_batch()
+        sizes.clear()
+        task.evaluate(found[-1].model, "val")
+        assert max(sizes) <= max(most, 4 * 16 * data.spec.vocab_size)
+    assert [events(each) for each in found] == [[], [], []]
+    for each in found[1:]:
+        assert each.metrics == pytest.approx(found[0].metrics, rel=1e-6)
 
 
 class Hungry(Classify):

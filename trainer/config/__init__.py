@@ -68,3 +68,11 @@ class Params(Section):
                 "for that, or parallel.cp: 1"
             )
         return self
+
+    @model_validator(mode="after")
+    def _classes_to_weigh(self) -> Self:
+        if self.task.name == "lm" and self.train.class_weights != "none":
+            raise ValueError(
+                f"train.class_weights is {self.train.class_weights!r}, but a language model has no classes to weigh; use none"
+            )
+        return self

@@ -30,11 +30,14 @@ class Block(nn.Module):
         """Map (batch, length, dim) to the same shape; mask bool (batch, 1, 1, length), true where a key may be seen."""
         parts = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, self.width))
         query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
-        rate = self.dropout.p if self.training else 0.0
-        attended = attention(query, key, value, mask, rate)
+        attended = self.attend(query, key, value, mask)
         x = x + self.dropout(self.proj(attended.transpose(1, 2).flatten(2)))
         out: Tensor = x + self.dropout(self.down(gelu(self.up(self.norm2(x)))))
         return out
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of each head (batch, heads, length, width), with dropout of its weights."""
+        return attention(query, key, value, mask, self.dropout.p if self.training else 0.0)
 
 
 class Encoder(Stack):

@@ -23,7 +23,7 @@ from typing import Any
 import trainer
 from trainer import errors, log, storage
 from trainer.errors import EXIT_FAILURE, EXIT_PREEMPTED, MillraceError, Preempted
-from trainer.parallel import arrivals, made, nodes
+from trainer.parallel import arrivals, fits, made, nodes
 from trainer.stage import Call, Result
 
 SPEC, RESULT, FAILURES, ERRORS, ARRIVALS = "spec.json", "result.json", "failures.json", "errors", "arrivals"
@@ -54,10 +54,12 @@ def launch(call: Call, target: str = "trainer.train.produce:train") -> Result:
         target: function `Call -> Result` that each rank calls.
 
     Raises:
+        ConfigError: the model cannot be divided among so many ranks as section `parallel` says.
         MillraceError: as a rank raised it.
         RankFailed: a rank was killed, hung, or met an unexpected error, more often than `parallel.max_restarts` allows.
     """
     node = nodes.here()
+    fits.check(call.params, call.params.train.processes * node.count)
     if node.count == 1:
         place = call.scratch / "ranks"
         storage.remove(place)

@@ -3,7 +3,7 @@
 The first matrices of attention and of the feed-forward layer are divided by output (whole heads), the last by input; so
 there is one sum over tp for each. With `parallel.sequence_parallel`, what lies between them is divided along the
 sequence. Embeddings, the last norm and the head are computed on each rank, except a head of its own, whose vocabulary is
-divided. To divide another family, enter its blocks in `FAMILIES`.
+divided. To divide another family, enter its blocks in `FAMILIES` and its name in `trainer.parallel.fits`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from torch.nn.functional import linear
 from trainer.artifacts.dataset import Spec
 from trainer.config import Params
 from trainer.errors import ConfigError
+from trainer.parallel.fits import check_heads
+from trainer.parallel.masks import divide_masks
 from trainer.tasks.classify import ROUND
 
 
@@ -44,19 +46,16 @@ def divide(
         ConfigError: the family has no plan, or its heads or lengths cannot be divided so.
     """
     family, size = params.model.name, mesh.size()
-    if family not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise ConfigError(
-            f"parallel.tp: {size}, but model.name={family} has no plan for tensor parallel: it has no attention to divide",
-            f"use parallel.tp=1 with it (parallel.zero divides any model), or one of {known}",
-        )
-    check(params, size, spec)
+    check_heads(params, size)
+    if params.parallel.sequence_parallel:
+        check_lengths(params, size, spec)
     sequence = params.parallel.sequence_parallel
     blocks: Any = model.blocks
     names: list[str] = []
     for first, end in spans or [(0, len(blocks))]:
         for index in range(first, end):
             names += [f"blocks.{index}.{name}" for name in FAMILIES[family](blocks[index], mesh, sequence)]
+            divide_masks(blocks[index], mesh.get_local_rank(), sequence, params.train.compile is True)
         if sequence:
             blocks[first].register_forward_pre_hook(partial(_scatter, mesh))
             blocks[end - 1].register_forward_hook(partial(_gather, mesh))
@@ -65,24 +64,12 @@ def divide(
     return names
 
 
-def check(params: Params, size: int, spec: Spec) -> None:
-    """Whether heads, feed-forward layer and sequence can be divided among `size` ranks.
+def check_lengths(params: Params, size: int, spec: Spec) -> None:
+    """Whether sequences can be divided among `size` ranks.
 
     Raises:
-        ConfigError: naming the keys that do not fit.
+        ConfigError: they cannot.
     """
-    config: Any = params.model
-    keys = {"heads": config.heads, "ff": config.ff} | (
-        {"kv_heads": config.kv_heads} if hasattr(config, "kv_heads") else {}
-    )
-    wrong = [f"model.{key} ({value})" for key, value in keys.items() if value % size]
-    if wrong:
-        raise ConfigError(
-            f"parallel.tp: {size} does not divide {' and '.join(wrong)}",
-            "use a parallel.tp that divides them: each rank takes whole heads, and as many columns of the feed-forward layer",
-        )
-    if not params.parallel.sequence_parallel:
-        return
     length = _step(params, spec) // params.parallel.cp
     if length % size:
         raise ConfigError(

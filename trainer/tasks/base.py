@@ -16,6 +16,8 @@ from trainer.config import Params
 from trainer.errors import ConfigError, DataError
 
 Batch = dict[str, Tensor]
+# Examples of a batch of an evaluation.
+EVALUATE = 256
 
 
 class Task(ABC):
@@ -109,6 +111,10 @@ class Task(ABC):
     def units(self, batch: Batch) -> int:
         """Number of units (rows, or tokens) that the losses of a batch are sums over."""
 
+    def evaluation_batch(self) -> int:
+        """Examples of a batch of an evaluation, which has all of its logits at once."""
+        return EVALUATE
+
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """The model's logits."""
         logits: Tensor = model(batch["inputs"])
@@ -130,7 +136,7 @@ class Task(ABC):
         self,
         model: nn.Module,
         split: str,
-        batch_size: int = 256,
+        batch_size: int = 0,
         shard: tuple[int, int] = (0, 1),
         poll: Callable[[], None] = lambda: None,
         lockstep: bool = False,
@@ -141,12 +147,13 @@ class Task(ABC):
         Args:
             model: in whatever mode; it is put into evaluation mode for the time.
             split: train, val or test.
-            batch_size: examples in a batch.
+            batch_size: examples in a batch; 0 takes `evaluation_batch`.
             shard: (rank, ranks): this rank takes the batches rank, rank + ranks, ...
             poll: called after each batch; an exception that it raises ends the evaluation.
             lockstep: all ranks run the model equally often, since it needs them all; without a batch, for nothing.
             tally: makes the tally of a batch where the model alone cannot.
         """
+        batch_size = batch_size or self.evaluation_batch()
         count = self.num_examples(split)
         lengths = self.lengths(split)
         index = np.arange(count) if lengths is None else np.argsort(lengths, kind="stable")
@@ -166,7 +173,7 @@ class Task(ABC):
                 poll()
         return total
 
-    def evaluate(self, model: nn.Module, split: str, batch_size: int = 256) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, split: str, batch_size: int = 0) -> dict[str, float]:
         """Metrics of a split: loss and others, as each task says."""
         return self.summarise(split, self.total(model, split, batch_size))
 

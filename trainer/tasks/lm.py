@@ -15,6 +15,9 @@ from trainer.models.stack import Stack
 from trainer.tasks.base import Batch, Task, bits_per_byte
 from trainer.tasks.token_loss import IGNORE, token_loss
 
+# Bytes of the logits of a batch of an evaluation: with the vocabulary of GPT-2, 1,024 tokens.
+LOGITS_BYTES = 256_000_000
+
 
 class LanguageModel(Task):
     """Windows of `max_length` tokens of the split, side by side: each token but the split's first is a target once.
@@ -44,6 +47,11 @@ class LanguageModel(Task):
     def units(self, batch: Batch) -> int:
         """Number of predicted tokens."""
         return int((batch["targets"] != IGNORE).sum())
+
+    def evaluation_batch(self) -> int:
+        """As many windows as keep their logits, float32, below `LOGITS_BYTES`."""
+        most = LOGITS_BYTES // (4 * self.spec.max_length * self.spec.vocab_size)
+        return max(1, min(super().evaluation_batch(), most))
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """`cross_entropy`, summed over predicted tokens."""

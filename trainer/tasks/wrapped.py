@@ -42,6 +42,10 @@ class Wrapped(Task):
         """Number of units of a batch."""
         return self.base.units(batch)
 
+    def evaluation_batch(self) -> int:
+        """Examples of a batch of an evaluation."""
+        return self.base.evaluation_batch()
+
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """The model's logits."""
         return self.base.forward(model, batch)

@@ -63,7 +63,7 @@ class Loop:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.progress = Progress()
         self.guard = Guard(self.train, model, self.optimizer, self.ranks, what)
-        self.memory = Memory(self.train, model, self.optimizer, plan, checkpoints.folder, what)
+        self.memory = Memory(self.train, task, model, self.optimizer, plan, checkpoints.folder, what)
         self.best: dict[str, Tensor] = {}
         block = self.train.batch_size * self.train.accumulation * plan.size
         self._set_block(growth.first_block(self.train, block))

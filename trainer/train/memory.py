@@ -23,13 +23,12 @@ from trainer.config import Train
 from trainer.config.train_parts import Recompute
 from trainer.errors import ConfigError, OutOfMemory
 from trainer.parallel.plan import Plan
+from trainer.tasks.base import Task
 from trainer.train import offload, recompute
 from trainer.train.device import give_pages_back
 from trainer.train.state import Progress
 
 LEARNT = "memory.json"
-# Examples of a batch of an evaluation, unless that was too many.
-EVALUATE = 256
 MORE = "take shorter examples (data.max_length), a smaller model, or more memory; on several GPUs, parallel.zero=3"
 # How torch says that memory is short where it has no class for it.
 _SHORTAGE = ("DefaultCPUAllocator: can't allocate memory", "not enough memory: you tried to allocate", "ALLOC_FAILED")
@@ -47,6 +46,7 @@ class Memory:
 
     Args:
         train: the section.
+        task: says how large an evaluation's batches are at first.
         model: as it is trained.
         optimizer: its optimizer.
         plan: the ranks that train along, and this one's device.
@@ -60,13 +60,14 @@ class Memory:
     def __init__(
         self,
         train: Train,
+        task: Task,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         plan: Plan,
         folder: Path | None,
         what: str,
     ) -> None:
-        self.train, self.model, self.optimizer, self.plan = train, model, optimizer, plan
+        self.train, self.task, self.model, self.optimizer, self.plan = train, task, model, optimizer, plan
         self.ranks, self.device, self.folder, self.what = plan.ranks, plan.device, folder, what
         self._offloaded, self._recomputed = False, train.recompute.mode != "none"
         if train.offload == "optimizer":
@@ -83,7 +84,7 @@ class Memory:
 
     def evaluation_batch(self, now: Progress) -> int:
         """Examples of a batch of an evaluation."""
-        return now.memory.get("evaluation_batch", EVALUATE)
+        return now.memory.get("evaluation_batch", self.task.evaluation_batch())
 
     # -- shortage ---------------------------------------------------------------------------------------------------
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
-from pathlib import Path
 
 from torch import distributed
 
 from trainer import log, models, tasks
 from trainer.artifacts.card import write_model_card
 from trainer.artifacts.dataset import Dataset
-from trainer.config import Params
-from trainer.config.load import with_values
-from trainer.errors import ArtifactError
 from trainer.models.shapes import shapes_only
 from trainer.monitor.trackers import open_trackers
 from trainer.stage import Call, Result
@@ -25,8 +20,7 @@ HISTORY = "history.jsonl"
 
 def train(call: Call) -> Result:
     """Train in this process (a rank of the process group, where there is one); rank 0 writes the model folder."""
-    dataset = Dataset(call.inputs["dataset"])
-    params = tuned(call.params, call.inputs.get("tuning"))
+    params, dataset = call.params, Dataset(call.inputs["dataset"])
     task = tasks.build(params, dataset)
     seed_all(params.train.seed)
     first = not distributed.is_initialized() or distributed.get_rank() == 0
@@ -58,20 +52,3 @@ def train(call: Call) -> Result:
         "best_step": fitted.best_step,
     }
     return Result(metrics=metrics, meta={"model": meta}, params=used)
-
-
-def tuned(params: Params, tuning: Path | None) -> Params:
-    """The parameters with the best values of a search, if there was one.
-
-    Raises:
-        ArtifactError: best.json is missing or not what tune writes.
-    """
-    if tuning is None:
-        return params
-    path = tuning / "best.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))["params"]
-        assert isinstance(values, dict)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
-        raise ArtifactError(f"{path}: not the result of a search", "run the stage tune again") from None
-    return with_values(params, values) if values else params

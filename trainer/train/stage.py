@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 from trainer import log
-from trainer.errors import OutOfMemory
+from trainer.config import Params
+from trainer.config.load import with_values
+from trainer.errors import ArtifactError, OutOfMemory
 from trainer.monitor.trackers import check
 from trainer.parallel import nodes
 from trainer.stage import Call, Result
@@ -16,6 +22,7 @@ def run(call: Call) -> Result:
         MillraceError: bad parameters or data, divergence, preemption, a dead rank.
     """
     check(call.params.monitor)
+    call = replace(call, params=tuned(call.params, call.inputs.get("tuning")))
     while True:
         try:
             return _run(call)
@@ -36,3 +43,20 @@ def _run(call: Call) -> Result:
     from trainer.train.produce import train
 
     return train(call)
+
+
+def tuned(params: Params, tuning: Path | None) -> Params:
+    """The parameters with the best values of a search, if there was one.
+
+    Raises:
+        ArtifactError: best.json is missing or not what tune writes.
+    """
+    if tuning is None:
+        return params
+    path = tuning / "best.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))["params"]
+        assert isinstance(values, dict)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        raise ArtifactError(f"{path}: not the result of a search", "run the stage tune again") from None
+    return with_values(params, values) if values else params
