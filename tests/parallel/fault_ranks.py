@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
+import time
 from pathlib import Path
 
 import torch
@@ -41,6 +43,13 @@ CASES = {
     "divided rollback": ("nan-loss@6:rank1", ["train.nonfinite.policy=rollback", "parallel.zero=2"]),
     "evaluation": ("", []),
 }
+# Name: (the rank that is told to end, where, more words).
+TOLD = {
+    "told in an evaluation": (0, "tally", ["train.eval_every=4"]),
+    "told in an evaluation, divided": (1, "tally", ["train.eval_every=4", "parallel.zero=3"]),
+    "told between micro-batches": (1, "losses", ["train.accumulation=4", "train.batch_size=1"]),
+    "told in a measurement": (0, "measurement", ["train.precision=auto"]),
+}
 
 
 class Narrow(Classify):
@@ -49,6 +58,28 @@ class Narrow(Classify):
     def tally(self, logits, batch):
         if os.environ["RANK"] == "0" and len(logits) > 4:
             raise torch.OutOfMemoryError("injected")
+        return super().tally(logits, batch)
+
+
+class Told(Classify):
+    """A task that has one rank told to end in its third forward pass, or in its first evaluation or measurement."""
+
+    rank, where, passes = -1, "", 0
+
+    def told(self, where: str) -> None:
+        if self.rank == int(os.environ["RANK"]) and self.where == where:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def losses(self, model, batch):
+        self.passes += 1
+        self.told("losses" if self.passes == 3 else "")
+        if self.passes == 1 and self.where == "measurement":
+            self.told("measurement")
+            time.sleep(60.0)  # in which the rank that waits for this one would give up
+        return super().losses(model, batch)
+
+    def tally(self, logits, batch):
+        self.told("tally")
         return super().tally(logits, batch)
 
 
@@ -86,4 +117,8 @@ def main(place: Path) -> None:
         for name, (fault, words) in CASES.items():
             os.environ[inject.VARIABLE] = fault
             found[name] = outcome(dataset, words, Narrow if name == "evaluation" else Classify)
+        os.environ[inject.VARIABLE] = ""
+        os.environ["XDG_CACHE_HOME"] = str(place / "cache")
+        for name, (told, where, words) in TOLD.items():
+            found[name] = outcome(dataset, words, type("Task", (Told,), {"rank": told, "where": where}))
     (place / f"rank-{rank}.json").write_text(json.dumps(found))

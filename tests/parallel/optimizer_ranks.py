@@ -56,7 +56,7 @@ def stepped(optimizer: str, mesh=None) -> dict[str, torch.Tensor]:
         for parameter in model.parameters():
             parameter.grad = placed(torch.randn(parameter.shape))
         if isinstance(built, sophia.Sophia):
-            built.estimate(3.0)
+            built.estimate(3.0, 0)
         built.step()
     for state in built.state.values():
         # A moment of a parameter's shape is sharded as the parameter is, so that a checkpoint can hold it whole.

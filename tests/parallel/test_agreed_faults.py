@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from tests.parallel import fault_ranks
-from tests.parallel.fault_ranks import CASES
+from tests.parallel.fault_ranks import CASES, TOLD
 from tests.parallel.test_train_ranks import TWO, Run
 from tests.ranks import run_ranks
 from tests.tiny import tiny_dataset
@@ -25,7 +25,7 @@ def outcomes(tmp_path_factory):
     return [json.loads((place / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *TOLD])
 def test_both_ranks_come_to_the_same(outcomes, case):
     assert outcomes[0][case] == outcomes[1][case]
 
@@ -63,6 +63,16 @@ def test_an_evaluation_in_smaller_batches_is_the_same(outcomes):
     found = outcomes[0]["evaluation"]
     assert found["metrics"] == pytest.approx(outcomes[0]["undisturbed"]["metrics"], abs=1e-6)
     assert found["events"][-1].endswith("evaluations in batches of 4 instead of 8")
+
+
+def test_one_rank_is_told_to_end_and_both_leave_at_the_same_place(outcomes):
+    found = {case: outcomes[0][case]["error"].removeprefix("train: SIGTERM ").split(";")[0] for case in TOLD}
+    assert found == {
+        "told in an evaluation": "at step 4 of 10",
+        "told in an evaluation, divided": "at step 4 of 10",
+        "told between micro-batches": "at step 0 of 10",
+        "told in a measurement": "while `auto` was measured",
+    }
 
 
 def test_a_rank_that_aborts_is_named_and_ends_the_job(tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def trained(optimizer: str, model: nn.Module, **given) -> dict[str, np.ndarray]:
         for name, parameter in model.named_parameters():
             parameter.grad = torch.from_numpy(of[name].copy()).to(parameter.dtype)
         if isinstance(built, sophia.Sophia) and built.due(step):
-            built.estimate(5.0)
+            built.estimate(5.0, step)
         built.step()
     return {name: parameter.detach().double().numpy() for name, parameter in model.named_parameters()}
 

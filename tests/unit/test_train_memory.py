@@ -74,6 +74,15 @@ def test_the_step_is_begun_again_with_smaller_micro_batches_and_is_the_same(data
     ]
 
 
+def test_a_step_begun_again_does_not_count_its_curvature_twice(dataset, monkeypatch):
+    words = ["train.optimizer=sophia", "train.sophia.every=2", "train.betas=[0.9, 0.5]", "train.lr=0.01"]
+    whole = train(dataset, *words)
+    monkeypatch.setenv(inject.VARIABLE, "oom@3:over3")
+    halved = train(dataset, *words)
+    assert len(events(halved)) == 2
+    assert losses(halved) == pytest.approx(losses(whole), abs=1e-5)
+
+
 def test_what_was_learnt_outlives_the_process(dataset, monkeypatch, tmp_path):
     monkeypatch.setenv(inject.VARIABLE, "oom@3:over3")
 

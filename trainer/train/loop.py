@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from trainer.parallel.plan import Plan
 from trainer.tasks.base import Batch, Task, to_device
 from trainer.train import growth, inject, instability, optimizers, schedules
 from trainer.train.checkpoint import Checkpoints
+from trainer.train.cut import Cut
 from trainer.train.guard import Guard
 from trainer.train.memory import Again, Memory
 from trainer.train.named_state import named_state, set_named_state
@@ -63,6 +66,7 @@ class Loop:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.progress = Progress()
         self.guard = Guard(self.train, model, self.optimizer, self.ranks, what)
+        self.cut = Cut(self.train, self.optimizer, plan, preemption, what)
         self.memory = Memory(self.train, task, model, self.optimizer, plan, checkpoints.folder, what)
         self.best: dict[str, Tensor] = {}
         block = self.train.batch_size * self.train.accumulation * plan.size
@@ -132,13 +136,12 @@ class Loop:
             self.checkpoints.settle()
         if preempted:
             self._preempt()
+        least = max(units, 1.0)
         if isinstance(self.optimizer, Sophia) and self.optimizer.due(now.step) and not bad_rows:
             labels = Sampled(self.task, (self.train.seed, now.step))
-            if math.isfinite(self._gradients(batches, max(units, 1.0), labels)[1]):
-                self.optimizer.estimate(max(units, 1.0) / self._scale**2)
-        loss, norm, terms = (
-            (math.nan, math.nan, {}) if bad_rows else self._gradients(batches, max(units, 1.0), self.task)
-        )
+            if math.isfinite(self._gradients(batches, least, labels)[1]):
+                self.optimizer.estimate(least / self._scale**2, now.step)
+        loss, norm, terms = (math.nan, math.nan, {}) if bad_rows else self._gradients(batches, least, self.task)
         unscaled = norm / self._scale
         if self._finite(loss, norm, terms):
             with self.watch.statistics(now.step + 1, self.model, self.plan, self._scale):
@@ -214,13 +217,18 @@ class Loop:
 
         Raises:
             Again: a rank had too little memory; all will take less at a time.
+            Preempted: SIGTERM came meanwhile; the step is as if it had not begun.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        terms = self.memory.attempt(self.progress, lambda: self._backward(batches, units, task), self.memory.adapt)
-        mine = [float(torch.stack(list(terms.values())).sum()) if terms else 0.0, terms is None]
-        total, short = self.ranks.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
-        if terms is None or short:
+        passes = partial(self.cut.passes, self.progress.step, partial(self._backward, batches, units, task))
+        terms = self.memory.attempt(self.progress, passes, self.memory.adapt)
+        mine = [float(torch.stack(list(terms.values())).sum()) if terms else 0.0, terms is None, self.cut.left]
+        total, short, cut = self.ranks.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
+        if cut or terms is None or short:
             self.guard.undo()
+            if cut:
+                self.cut.undo()
+                self._preempt()
             self.memory.adapt(self.progress)
             raise Again
         loss = total / units
@@ -232,7 +240,7 @@ class Loop:
     def _backward(self, batches: list[tuple[Batch, bool]], units: float, task: Task) -> dict[str, Tensor]:
         """Forward and backward pass of each micro-batch; the sums of this rank's loss terms."""
         sums: dict[str, Tensor] = {}
-        for number, (batch, real) in enumerate(batches, 1):
+        for number, (batch, real) in enumerate(self.cut.polled(batches), 1):
             scale = self._scale / units if real else 0.0
             terms = self.plan.backward(task, self.model, batch, scale, last=number == len(batches))
             if real and self.plan.counts:
@@ -279,8 +287,7 @@ class Loop:
         self._shown.update(now.step, f"loss {loss:.4f}")
         if (now.step % self.train.log_every and now.step != self.total) or not now.window_steps:
             return
-        rate = self.optimizer.param_groups[-1]["lr"]
-        row = {"step": now.step, "epoch": now.epoch, "lr": rate, "train_loss": loss}
+        row = {"step": now.step, "epoch": now.epoch, "lr": self.optimizer.param_groups[-1]["lr"], "train_loss": loss}
         now.history.append(row | ({"grad_norm": norm} if math.isfinite(norm) else {}))
         self.watch.row(now.history[-1])
         now.window_loss, now.window_steps = 0.0, 0
@@ -305,8 +312,7 @@ class Loop:
         now.evaluated = now.step
         if self.ranks.rank == 0:
             log.say("", step=now.step, epoch=now.epoch, **metrics)
-        score = metrics[f"val_{task.metric}"]
-        gain = score if task.direction == "maximize" else -score
+        gain = metrics[f"val_{task.metric}"] * (1.0 if task.direction == "maximize" else -1.0)
         sound = math.isfinite(gain) and math.isfinite(metrics.get("val_loss", 0.0))
         if not sound:
             self.guard.refuse_score(now, self.total, metrics)
@@ -329,10 +335,8 @@ class Loop:
             size = self.memory.evaluation_batch(now)
             return self.plan.total(self.task, self.model, size, self.preemption).tolist()
 
-        try:
+        with suppress(Interrupted):
             total = self.memory.attempt(now, tally, self.memory.adapt_evaluation)
-        except Interrupted:
-            pass
         parts = self.ranks.gather((total, self.preemption.asked))
         if any(asked for _, asked in parts):
             # The checkpoint says that this step is not evaluated: the resumed run does that first.
@@ -388,9 +392,8 @@ class Loop:
             Preempted: always.
         """
         self.save(durable=True)
-        kept = (
-            "a checkpoint was written" if self.checkpoints.folder else "nothing was kept, for want of a scratch folder"
-        )
+        scratch = self.checkpoints.folder
+        kept = "a checkpoint was written" if scratch else "nothing was kept, for want of a scratch folder"
         raise Preempted(
             f"{self.what}: SIGTERM at step {self.progress.step} of {self.total}; {kept}",
             "run the same command again to go on from there",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from trainer.errors import Preempted
+
+Made = TypeVar("Made")
 
 
 class Preemption:
@@ -20,6 +23,7 @@ class Preemption:
     def __init__(self) -> None:
         self.asked = False
         self._before: Any = None
+        self._at_once = False
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -36,6 +40,30 @@ class Preemption:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+        if self._at_once:
+            self._at_once = False
+            raise Interrupted
+
+    def until_asked(self, work: Callable[[], Made], *, at_once: bool = True) -> Made | None:
+        """What `work` gives; None if SIGTERM came before or meanwhile, which leaves the work wherever it is.
+
+        Args:
+            work: what may be dropped at any place, such as compilation, which knows nothing of signals.
+            at_once: leave it in the middle; otherwise where it polls.
+        """
+        try:
+            self.poll()
+            self._at_once = at_once
+            return work()
+        except Interrupted:
+            return None
+        except Exception:
+            # The signal goes to compilers that run beside too, and their end is an error here.
+            if not (self.asked and at_once):
+                raise
+            return None
+        finally:
+            self._at_once = False
 
     def poll(self) -> None:
         """Raise `Interrupted` if SIGTERM came: for the inside of an evaluation."""

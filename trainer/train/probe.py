@@ -74,7 +74,7 @@ def settle(
         model: as it was built; it is copied. Only that of rank 0 counts.
         ranks: that train along.
         device: this rank's.
-        preemption: SIGTERM is polled between steps.
+        preemption: SIGTERM ends the measuring at once, also while something is compiled.
         folder: of the run's checkpoints; None where there is none.
         what: the name that messages use.
 
@@ -89,8 +89,8 @@ def settle(
     state = rng_state(device)
     while found is None:
         # A candidate at a time: the others wait for no longer than one takes.
-        if ranks.rank == 0 and not preemption.asked:
-            found = next(work)
+        if ranks.rank == 0:
+            found = preemption.until_asked(lambda: next(work))
         answers = ranks.gather((found, preemption.asked))
         if any(asked for _, asked in answers):
             raise Preempted(f"{what}: SIGTERM while `auto` was measured", "run the same command again")

@@ -27,6 +27,9 @@ NO_LABEL = -100
 class Sophia(Own):
     """Elementwise; its state is a momentum and the curvature."""
 
+    # The step before which the curvature was last estimated: where that step is begun again, it does not count twice.
+    estimated = -1
+
     def update(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
         """Decay, then step by clip(momentum / max(rho x curvature, eps), 1)."""
         momentum, curvature = (local(self.buffers(parameters, name)) for name in ("exp_avg", "hessian"))
@@ -43,11 +46,12 @@ class Sophia(Own):
 
     def due(self, step: int) -> bool:
         """Whether the curvature is to be estimated before optimizer step number `step` (from 0)."""
-        return step % int(self.defaults["every"]) == 0
+        return step % int(self.defaults["every"]) == 0 and step != self.estimated
 
     @torch.no_grad()
-    def estimate(self, units: float) -> None:
-        """Take the gradients, which must be finite, as those of the mean loss over `units` sampled labels."""
+    def estimate(self, units: float, step: int) -> None:
+        """Take the gradients, which must be finite, as those of the mean loss over `units` sampled labels, before `step`."""
+        self.estimated = step
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
