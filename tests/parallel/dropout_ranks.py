@@ -1,4 +1,4 @@
-"""One of two ranks that divide matrices, with dropout: `python -m tests.parallel.dropout_ranks PLACE`.
+"""What one of two ranks that divide matrices does, with dropout.
 
 Writes PLACE/rank-N.json: for each case digests of what this rank has dropped, and of what all should hold alike.
 """
@@ -8,14 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from tests.tiny import tiny_dataset
 from trainer import models, tasks
 from trainer.artifacts.dataset import Dataset
 from trainer.config.load import load
@@ -81,15 +79,7 @@ def outcome(dataset: Dataset, family: str, words: list[str]) -> dict[str, Any]:
 def main(place: Path) -> None:
     """Run each case."""
     rank, found = int(os.environ["RANK"]), {}
-    data = {
-        family: tiny_dataset(place / f"{family}-{rank}", words[0].split("=")[1], rows=40, max_length=16)
-        for family, words in FAMILIES.items()
-    }
     with process_group("gloo", 30.0, CPU):
         for name, (family, words) in CASES.items():
-            found[name] = outcome(data[family], family, words)
+            found[name] = outcome(Dataset(place / family), family, words)
     (place / f"rank-{rank}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

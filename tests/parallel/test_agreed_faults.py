@@ -9,10 +9,15 @@ import pytest
 
 from tests.parallel import fault_ranks
 from tests.parallel.fault_ranks import CASES, TOLD
-from tests.parallel.test_train_ranks import TWO, Run
+from tests.parallel.test_train_ranks import TWO, WORDS, Run
 from tests.ranks import run_ranks
 from tests.tiny import tiny_dataset
+from trainer import models
+from trainer.config.load import load
+from trainer.tasks.classify import Classify
 from trainer.train import inject
+from trainer.train.fit import fit
+from trainer.train.state import seed_all
 
 pytestmark = pytest.mark.parallel
 
@@ -84,11 +89,25 @@ def test_a_rank_that_aborts_is_named_and_ends_the_job(tmp_path, monkeypatch):
         assert run.gone()
 
 
-def test_where_ranks_meet_inside_of_a_pass_the_job_starts_again_with_less(tmp_path, monkeypatch):
-    monkeypatch.setenv(inject.VARIABLE, "oom@8:rank1:over2")
-    dataset = tiny_dataset(tmp_path / "d", "classify", rows=120).folder
-    words = ["parallel.zero=3", "train.max_steps=12", "train.eval_every=12", "train.checkpoint_every=2"]
-    with Run(dataset, tmp_path, *TWO, *words) as run:
+# name -> (parameters, fault, examples of a step)
+DIVIDED = {
+    "shards": (["parallel.zero=3"], "oom@8:rank1:over2", 8),
+    # The last stage has the losses, of parts of a micro-batch.
+    "stages": (["parallel.pp=2", "parallel.pipeline.microbatches=2"], "oom@8:rank1:over1", 4),
+}
+
+
+@pytest.mark.parametrize("name", ["shards", pytest.param("stages", marks=[pytest.mark.fault, pytest.mark.slow])])
+def test_where_ranks_meet_inside_of_a_pass_the_job_starts_again_with_less(tmp_path, monkeypatch, name):
+    divided, fault, block = DIVIDED[name]
+    dataset = tiny_dataset(tmp_path / "d", "classify", rows=120)
+    words = ["train.max_steps=12", "train.eval_every=12", "train.checkpoint_every=2", "model.layers=2", "model.dropout=0.0",
+             "train.optimizer=sgd", "distill.enabled=false"]  # fmt: skip
+    alone = load(None, [*WORDS, *words, f"train.batch_size={block}"])
+    seed_all(alone.train.seed)
+    whole = fit(alone, Classify(alone, dataset), models.build(alone.model, dataset.spec))
+    monkeypatch.setenv(inject.VARIABLE, fault)
+    with Run(dataset.folder, tmp_path, *TWO, *words, *divided) as run:
         code, output = run.finish()
         assert code == 0, output
         assert output.count("starting again from the newest checkpoint, with less") == 1, output
@@ -97,5 +116,6 @@ def test_where_ranks_meet_inside_of_a_pass_the_job_starts_again_with_less(tmp_pa
         (event,) = [row for row in rows if "event" in row]
         assert event["event"] == "started again with less memory: micro_batch=2"
         assert event["step"] > 0
-        assert [row["step"] for row in rows if "train_loss" in row] == list(range(1, 13))
+        losses = [row["train_loss"] for row in rows if "train_loss" in row]
+        assert losses == pytest.approx([row["train_loss"] for row in whole.history if "train_loss" in row], abs=1e-5)
         assert run.gone()

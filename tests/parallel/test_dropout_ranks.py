@@ -6,8 +6,10 @@ import json
 
 import pytest
 
-from tests.parallel.dropout_ranks import CASES
-from tests.two_ranks import run_two_ranks
+from tests.parallel import dropout_ranks
+from tests.parallel.dropout_ranks import CASES, FAMILIES
+from tests.ranks import run_ranks
+from tests.tiny import tiny_dataset
 
 pytestmark = pytest.mark.parallel
 
@@ -15,7 +17,9 @@ pytestmark = pytest.mark.parallel
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     place = tmp_path_factory.mktemp("dropout")
-    run_two_ranks("tests.parallel.dropout_ranks", place)
+    for family, words in FAMILIES.items():
+        tiny_dataset(place / family, words[0].split("=")[1], rows=40, max_length=16)
+    run_ranks(dropout_ranks.main, place)
     return [json.loads((place / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 

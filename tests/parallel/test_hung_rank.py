@@ -17,7 +17,7 @@ from trainer.parallel.arrivals import Arrivals, Unanswered
 
 pytestmark = pytest.mark.parallel
 
-TIMEOUT_S = 8
+TIMEOUT_S = 15
 
 
 def hang(run: Run, rank: int) -> None:
@@ -32,6 +32,8 @@ def hang(run: Run, rank: int) -> None:
     os.kill(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.fault
+@pytest.mark.slow
 def test_a_hung_rank_is_named_and_a_restart_goes_on(tmp_path: Path) -> None:
     """Rank 1 hangs and the restarted ranks go on; then rank 0 hangs, and it alone is named."""
     dataset = tiny_dataset(tmp_path / "d", "classify", rows=120).folder

@@ -19,6 +19,8 @@ from tests.tiny import tiny_dataset
 pytestmark = pytest.mark.parallel
 
 DEADLINE = 240.0
+# A dead rank has ended its job after so many seconds.
+DEAD_S = 30.0
 WORDS = [
     "train.threads=1", "train.max_steps=150", "train.eval_every=50", "train.log_every=1", "train.lr=0.01",
     "train.checkpoint_every=5", "model.name=encoder", "model.dim=32", "model.layers=1", "model.ff=32", "model.heads=2",
@@ -80,8 +82,8 @@ class Run:
             assert time.monotonic() < end, "no checkpoint in time"
             time.sleep(0.01)
 
-    def finish(self) -> tuple[int, str]:
-        output, _ = self.process.communicate(timeout=DEADLINE)
+    def finish(self, within: float = DEADLINE) -> tuple[int, str]:
+        output, _ = self.process.communicate(timeout=within)
         return self.process.returncode, output
 
     def gone(self) -> bool:
@@ -158,7 +160,7 @@ def test_a_dead_rank_ends_the_job_and_says_which(dataset, tmp_path):
     with Run(dataset, tmp_path, *TWO, "train.max_steps=5000") as run:
         run.wait_for_checkpoint()
         os.kill(run.ranks()[1].pid, signal.SIGKILL)
-        code, output = run.finish()
+        code, output = run.finish(DEAD_S)
         assert (code, "rank 1 was ended by SIGKILL" in output) == (137, True), output
         assert "Traceback" not in output
         assert run.gone()

@@ -41,6 +41,8 @@ class Fitted:
         steps: optimizer steps done.
         best_step: the step of the weights.
         seconds: wall time, of this process only if it resumed.
+        skipped: steps left out because something was not finite.
+        rollbacks: times the run went back to good weights for that reason.
     """
 
     model: nn.Module
@@ -49,6 +51,8 @@ class Fitted:
     steps: int
     best_step: int
     seconds: float
+    skipped: int
+    rollbacks: int
 
 
 def fit(
@@ -109,7 +113,10 @@ def fit(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)  # `train.groups` may have frozen it for this run
     done = loop.progress
-    return Fitted(model, done.history, done.best_metrics, done.step, done.best_step, time.monotonic() - start)
+    return Fitted(
+        model, done.history, done.best_metrics, done.step, done.best_step, time.monotonic() - start,
+        done.skipped, done.rollbacks,
+    )  # fmt: skip
 
 
 def checkpoints_of(params: Params, task: Task, model: nn.Module, folder: Path | None, plan: plans.Plan) -> Checkpoints:

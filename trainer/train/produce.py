@@ -50,5 +50,7 @@ def train(call: Call) -> Result:
         "val": metrics,
         "steps": fitted.steps,
         "best_step": fitted.best_step,
+        "skipped": fitted.skipped,
+        "rollbacks": fitted.rollbacks,
     }
     return Result(metrics=metrics, meta={"model": meta}, params=used)
