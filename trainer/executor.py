@@ -23,7 +23,7 @@ from typing import Any
 from trainer import storage, views
 from trainer.artifacts import manifest
 from trainer.config import Params
-from trainer.config.load import apply_overrides, validate
+from trainer.config.load import apply_overrides, completed, validate
 from trainer.config.text import parse_yaml
 from trainer.errors import EXIT_OK, ArtifactError, ConfigError, DataError, GateRefused, MillraceError, StorageError
 from trainer.stage import STAGES, Result, execute
@@ -222,7 +222,7 @@ def parameters(text: str, overrides: Sequence[str]) -> Params:
             )
         if content:
             tree[section] = content
-    return validate(apply_overrides(tree, overrides), "parameters")
+    return validate(completed(apply_overrides(tree, overrides)), "parameters")
 
 
 def place(given: Given, port: str) -> str:

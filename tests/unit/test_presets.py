@@ -1,15 +1,18 @@
 """Presets: complete, valid, commented, and what `preset use` writes."""
 
+import json
 from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
 
-from trainer import presets
+from components.launch import spec
+from trainer import executor, presets
 from trainer.config import Params
-from trainer.config.load import validate
+from trainer.config.load import load, validate, with_values
 from trainer.config.text import parse_yaml
 from trainer.errors import ConfigError
+from trainer.stage import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,6 +39,23 @@ def test_preset_is_valid_and_complete(name: str) -> None:
     params = validate(tree, name)
     known = leaves(params)
     assert keys_of(tree, known) == known
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_the_sections_that_a_pod_gets_are_enough_for_its_stage(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = validate(parse_yaml(presets.text(name), name))
+    if whole.task.name == "lm":
+        # Slices that sequences of the default length could not be cut into.
+        whole = with_values(whole, {"parallel.cp": 3, "data.max_length": 120})
+    for stage, row in STAGES.items():
+        text = spec.sections(whole, stage)
+        monkeypatch.setenv(spec.PARAMS_ENV, text)
+        values = {executor.SECTION.format(section): json.dumps(each) for section, each in json.loads(text).items()}
+        given = json.dumps({"inputs": {"parameterValues": values}})
+        for params in (load(f"env:{spec.PARAMS_ENV}", ["train.seed=7"]), executor.parameters(given, ["train.seed=7"])):
+            again = with_values(params, {"train.seed": whole.train.seed})
+            for section in row.sections:
+                assert getattr(again, section) == getattr(whole, section), (stage, section)
 
 
 @pytest.mark.parametrize("name", presets.names())

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from trainer.config import Params
+from trainer.config import Data, Params, Task
 from trainer.config.explain import explain
 from trainer.config.model import FAMILIES, NgramBag
 from trainer.config.names import nearest, shown
@@ -136,6 +136,22 @@ def validate(tree: Mapping[str, Any], where: str = "params.yaml") -> Params:
     return params
 
 
+def completed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections that a pod gets, with others that suit them in place of those that its stage does not read.
+
+    Their defaults are those of text classification, and would be refused beside another task.
+    """
+    task, parallel = (each if isinstance(each, dict) else {} for each in (tree.get("task"), tree.get("parallel")))
+    name, ranks = task.get("name", Task().name), parallel.get("cp", 1)
+    rest: dict[str, Any] = {}
+    family = next((family for family, (_, _, learns) in FAMILIES.items() if name in learns), None)
+    if family:
+        rest |= {"model": {"name": family}, "distill": {"student": {"name": family}}}
+    if isinstance(ranks, int) and ranks > 0:
+        rest["data"] = {"max_length": -(-Data().max_length // (2 * ranks)) * 2 * ranks}
+    return {**{section: values for section, values in rest.items() if section not in tree}, **tree}
+
+
 def load(path: str | Path | None, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Params:
     """Read, override and check a configuration; `path` None starts from the defaults.
 
@@ -146,6 +162,8 @@ def load(path: str | Path | None, overrides: Iterable[str] | Mapping[str, Any] =
     where = str(path or "defaults")
     words = overrides if isinstance(overrides, Mapping) else list(overrides)
     changed = apply_overrides(tree, words)
+    if where.startswith(ENVIRONMENT):
+        tree, changed = completed(tree), completed(changed)
     try:
         return validate(changed, where)
     except ConfigError:
