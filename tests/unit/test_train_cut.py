@@ -139,6 +139,16 @@ def test_many_micro_batches_are_left_between_two_of_them(dataset, tmp_path, at, 
     assert_same(train(dataset, *words, scratch=tmp_path), whole)
 
 
+def test_micro_batches_of_a_batch_of_another_size_are_left_too(dataset, tmp_path):
+    words = ["train.batch_size=2", "train.growth.initial=8", "train.growth.target=8", "train.growth.minimum=2"]
+    whole = train(dataset, *words)
+    kind = type("Kind", (Slow,), {"at": 6})
+    with pytest.raises(Preempted, match="SIGTERM at step 1 of 6; a checkpoint was written"):
+        train(dataset, *words, kind=kind, scratch=tmp_path)
+    assert kind.made == 6
+    assert_same(train(dataset, *words, scratch=tmp_path), whole)
+
+
 def test_an_evaluation_is_left_and_made_again(dataset, tmp_path):
     whole = train(dataset)
     kind = type("Kind", (Slow,), {"at": 0})

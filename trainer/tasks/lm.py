@@ -15,7 +15,7 @@ from trainer.models.stack import Stack
 from trainer.tasks.base import Batch, Task, bits_per_byte
 from trainer.tasks.token_loss import IGNORE, token_loss
 
-# Bytes of the logits of a batch of an evaluation: with the vocabulary of GPT-2, 1,024 tokens.
+# Bytes of the logits of a batch of an evaluation: with the vocabulary of GPT-2, one window of 1,024 tokens.
 LOGITS_BYTES = 256_000_000
 
 

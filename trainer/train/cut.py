@@ -16,8 +16,9 @@ import torch
 from trainer.config import Train
 from trainer.errors import Preempted
 from trainer.parallel.plan import Plan
+from trainer.train.memory import Memory
 from trainer.train.preempt import Preemption
-from trainer.train.state import rng_state, set_rng_state
+from trainer.train.state import Progress, rng_state, set_rng_state
 
 Made = TypeVar("Made")
 Given = TypeVar("Given")
@@ -31,31 +32,39 @@ class Cut:
     """
 
     def __init__(
-        self, train: Train, optimizer: torch.optim.Optimizer, plan: Plan, preemption: Preemption, what: str
+        self,
+        train: Train,
+        optimizer: torch.optim.Optimizer,
+        plan: Plan,
+        memory: Memory,
+        preemption: Preemption,
+        what: str,
     ) -> None:
-        self.optimizer, self.plan, self.preemption, self.what = optimizer, plan, preemption, what
+        self.optimizer, self.plan, self.memory, self.preemption, self.what = optimizer, plan, memory, preemption, what
         self.compiles, self.lockstep = train.compile is True, plan.lockstep and plan.ranks.size > 1
-        self.long = self.compiles or train.accumulation > 1
         self.left = False
         self._first: int | None = None
         self._step = -1
         self._drops = False
         self._drawn: dict[str, Any] = {}
 
-    def passes(self, step: int, work: Callable[[], Made]) -> Made | None:
+    def passes(self, now: Progress, work: Callable[[], Made]) -> Made | None:
         """What the forward and backward passes of a step give; None where SIGTERM has cut them short.
 
         Args:
-            step: its number, from 0.
+            now: the state of the run before the step.
             work: the passes.
 
         Raises:
             Preempted: SIGTERM came in the first step, of ranks that meet inside of the passes.
         """
+        step = now.step
         self._first = step if self._first is None else self._first
+        # Accumulated, for want of memory, of a batch that has grown, or of one that fewer ranks share than before.
+        several = now.block > self.memory.micro_batch(now) * self.plan.size
         # Where Sophia's curvature has been changed already, the step is finished.
         kept = getattr(self.optimizer, "estimated", -1) == step
-        self._drops = self.long and not self.lockstep and not kept
+        self._drops = (self.compiles or several) and not self.lockstep and not kept
         if self._drops and step != self._step:
             self._step, self._drawn = step, rng_state(self.plan.device)
         nothing = self.lockstep and self.compiles and step == self._first

@@ -147,13 +147,13 @@ class Guard:
     def _reason(self, loss: float, norm: float, terms: dict[str, Tensor]) -> tuple[str, str]:
         """What is not finite, by name, from what all ranks have seen; and what to do about it."""
         names = [name for name, value in terms.items() if not value.isfinite()]
-        gradients = [(name, parameter.grad) for name, parameter in self.model.named_parameters()]
+        # By place and name: ranks that have other parts of the model have other parameters there.
         wrong = (
-            number
-            for number, (_, gradient) in enumerate(gradients)
-            if gradient is not None and not local(gradient).isfinite().all()
+            (number, name)
+            for number, (name, parameter) in enumerate(self.model.named_parameters())
+            if parameter.grad is not None and not local(parameter.grad).isfinite().all()
         )
-        first = next(wrong, len(gradients)) if math.isfinite(loss) else 0
+        first = next(wrong, None) if math.isfinite(loss) else None
         seen = self.ranks.gather((self.rows, names, first))
         rows = sorted({row for part in seen for row in part[0]})
         if rows:
@@ -168,8 +168,8 @@ class Guard:
             ranks = [str(rank) for rank, part in enumerate(seen) if part[1]]
             where = f" on rank {' and '.join(ranks)}" if len(seen) > 1 else ""
             return f"loss {loss} is not finite, in term {' and '.join(bad)}{where}", HINT
-        number = min(part[2] for part in seen)
-        where = f"first in {gradients[number][0]}" if number < len(gradients) else "too large to be summed up"
+        found = [part[2] for part in seen if part[2]]
+        where = f"first in {min(found)[1]}" if found else "too large to be summed up"
         return f"gradient norm {norm} is not finite, {where}", HINT
 
 

@@ -66,8 +66,8 @@ class Loop:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.progress = Progress()
         self.guard = Guard(self.train, model, self.optimizer, self.ranks, what)
-        self.cut = Cut(self.train, self.optimizer, plan, preemption, what)
         self.memory = Memory(self.train, task, model, self.optimizer, plan, checkpoints.folder, what)
+        self.cut = Cut(self.train, self.optimizer, plan, self.memory, preemption, what)
         self.best: dict[str, Tensor] = {}
         block = self.train.batch_size * self.train.accumulation * plan.size
         self._set_block(growth.first_block(self.train, block))
@@ -220,7 +220,7 @@ class Loop:
             Preempted: SIGTERM came meanwhile; the step is as if it had not begun.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        passes = partial(self.cut.passes, self.progress.step, partial(self._backward, batches, units, task))
+        passes = partial(self.cut.passes, self.progress, partial(self._backward, batches, units, task))
         terms = self.memory.attempt(self.progress, passes, self.memory.adapt)
         mine = [float(torch.stack(list(terms.values())).sum()) if terms else 0.0, terms is None, self.cut.left]
         total, short, cut = self.ranks.sum(torch.tensor(mine, dtype=torch.float64)).tolist()

@@ -72,7 +72,8 @@ def sophia(named: Named, train: Train) -> torch.optim.Optimizer:
 class Sampled(Wrapped):
     """The task with labels drawn from the model's own outputs in place of the true ones.
 
-    What is drawn for an example depends on the seed and on its inputs alone: not on the ranks, nor on its micro-batch.
+    What is drawn for an example depends on the seed and on its inputs alone: not on its micro-batch, nor on the ranks but for
+    those that divide its sequence.
 
     Args:
         base: whose outputs they are.
