@@ -34,6 +34,7 @@ REFUSED = {
     "columns": ([*DECODER, "parallel.tp=2", "model.ff=33"], 2, "does not divide model.ff (33)", "parallel.tp that divides"),
     "no attention": (["model.name=textcnn", "parallel.tp=2"], 2, "model.name=textcnn has no plan", "parallel.tp=1"),
     "axes": ([*DECODER, "parallel.tp=2", "parallel.pp=2"], 2, "= 4 does not divide the number of ranks, 2", "4 ranks"),
+    "experts beside matrices": ([*DECODER, "parallel.tp=2", "parallel.ep=2"], 4, "parallel.ep: 2, but experts", "parallel.tp=1"),
     "context on a CPU": ([*DECODER, "parallel.cp=2", "train.device=cpu"], 2, "for GPUs", "parallel.cp=1"),
 }  # fmt: skip
 

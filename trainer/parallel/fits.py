@@ -21,8 +21,8 @@ def check(params: Params, num_ranks: int) -> Dims:
             `parallel.tp` does not divide.
     """
     dims = resolve(params.parallel, num_ranks)
-    if params.train.device == "cpu":
-        check_axes(dims, "cpu", has_experts=True)
+    # What is not known here is seen when ranks build the model: whether there is a GPU, and whether it has experts.
+    check_axes(dims, "cpu" if params.train.device == "cpu" else "cuda", has_experts=True)
     if dims.pp > 1:
         num_parts(params.parallel)
         config: Any = params.model

@@ -18,7 +18,6 @@ from torch import Tensor
 from trainer.models import encoder
 
 Layer = Callable[..., Tensor]
-Apart = Callable[..., Tensor]
 
 
 def divide_masks(block: Any, rank: int, sequence: bool, compiled: bool) -> None:
@@ -30,7 +29,7 @@ def divide_masks(block: Any, rank: int, sequence: bool, compiled: bool) -> None:
         sequence: whether what lies between its matrices is divided along the sequence.
         compiled: whether it will be compiled; what is drawn here then stays outside.
     """
-    run: Apart = torch.compiler.disable(_apart) if compiled else _apart  # type: ignore[no-untyped-call]
+    run: Layer = torch.compiler.disable(_apart) if compiled else _apart  # type: ignore[no-untyped-call]
     if isinstance(block, encoder.Block):
         block.attend = partial(run, rank, block.dropout, block.attend)  # type: ignore[method-assign]
     if sequence:
