@@ -134,9 +134,9 @@ def main() -> None:
     print(f"goal: less than {100 * GOAL:.0f} %")
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], places: int = 1) -> str:
     """Minimum, median and maximum."""
-    return f"{min(values):.1f} / {statistics.median(values):.1f} / {max(values):.1f}"
+    return " / ".join(f"{value:.{places}f}" for value in (min(values), statistics.median(values), max(values)))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ python benchmarks/scaling.py [--rounds 5] [--sizes "0.83 M" "10.8 M"]
 
 The models are those of gpt.py. Twice the processes make twice the examples in a step; the efficiency is the time of a step
 of one process over that of two, 1 at best: what is missing went into sums over the processes and into waiting for the slower
-one, or the two cores have less than twice the speed of one. In each round one process trains, then two do, through the real
-loop and gloo; the figures are of a round's median steps. The last line is the goal.
+one, or the two cores have less than twice the speed of one. How much that is, two runs show that know nothing of each other:
+no training can do better. In each round one process trains, then two do, through the real loop and gloo, then two apart; the
+figures are of a round's median steps. The last line is the goal.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.gpt import SIZES
+from benchmarks.overhead import spread
 from tests.tiny import tiny_dataset
 
 # Of a run, after the first.
@@ -54,21 +56,26 @@ if os.environ["RANK"] == "0":
 """
 
 
-def step_s(dataset: Path, size: str, processes: int) -> float:
-    """Seconds of the median step of a run."""
+def step_s(dataset: Path, size: str, processes: int, apart: bool = False) -> float:
+    """Seconds of the median step of a run; `apart`: of as many runs of one process at the same time."""
+    world = 1 if apart else processes
     words = [
         *SIZES[size][0].words(), "task.name=lm", "model.name=decoder", "distill.enabled=false", "train.device=cpu",
         f"train.max_steps={STEPS[size] + 1}", "train.threads=1", "train.precision=fp32",
-        "train.compile=false", f"train.processes={processes}",
+        "train.compile=false", f"train.processes={world}",
     ]  # fmt: skip
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
     shared |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-c", CHILD, str(dataset), *words]
     running = [
         subprocess.Popen(
-            command, env={**shared, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            env={**shared, "RANK": str(0 if apart else rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         for rank in range(processes)
     ]
@@ -92,21 +99,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
     args = parser.parse_args()
-    print(f"{'min / median / max':<20}{'1 process, ms':>26}{'2 processes, ms':>26}{'efficiency':>22}")
+    print(f"{'min / median / max, ms':<24}{'1 process':>22}{'2 processes':>24}{'2 apart':>24}")
     with tempfile.TemporaryDirectory() as place:
         for size in args.sizes:
             folder = Path(place) / size.replace(" ", "")
             tiny_dataset(folder, "lm", rows=3000, max_length=SIZES[size][0].length)
-            pairs = [(step_s(folder, size, 1), step_s(folder, size, 2)) for _ in range(args.rounds)]
-            one, two = ([1e3 * times[which] for times in pairs] for which in (0, 1))
-            efficiency = [alone / both for alone, both in pairs]
-            print(f"{'GPT ' + size:<20}{spread(one, 1):>26}{spread(two, 1):>26}{spread(efficiency, 2):>22}", flush=True)
+            rounds = [
+                (step_s(folder, size, 1), step_s(folder, size, 2), step_s(folder, size, 2, apart=True))
+                for _ in range(args.rounds)
+            ]
+            one, two, apart = ([1e3 * times[which] for times in rounds] for which in range(3))
+            print(f"{'GPT ' + size:<24}{spread(one):>22}{spread(two):>24}{spread(apart):>24}", flush=True)
+            efficiency, bound = ([alone / each[which] for alone, *each in rounds] for which in range(2))
+            print(f"{'  efficiency':<46}{spread(efficiency, 2):>24}{spread(bound, 2):>24}", flush=True)
     print(f"goal: at least {GOAL}")
-
-
-def spread(values: list[float], places: int) -> str:
-    """Minimum, median and maximum."""
-    return " / ".join(f"{value:.{places}f}" for value in (min(values), statistics.median(values), max(values)))
 
 
 if __name__ == "__main__":
