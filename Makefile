@@ -28,7 +28,7 @@ help: ## print the targets
 run: $(RUN) ## raw data in, a promoted model out, with a report; ARGS="train.epochs=12" sets parameters
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/millrace run $(ARGS)
 
-test: $(DEV) ## the tests that need no images and no cluster, in some 15 minutes on 2 cores; ARGS="-k name" chooses
+test: $(DEV) ## the tests that need no images and no cluster, in some 10 minutes on 2 cores; ARGS="-k name" chooses
 	@$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not container and not cluster" $(ARGS)
 
 lint: $(DEV) ## format, lint, types, and that generated files are up to date

@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from torch import nn
 
 from trainer.config import Parallel
 from trainer.errors import ConfigError
+from trainer.models.experts import Experts
 from trainer.parallel.dims import AXES, Dims, check_axes, resolve
+from trainer.parallel.experts import Shares
 
 # name -> (keys, ranks, axes that are longer than 1, zero)
 MEANT = {
@@ -93,3 +96,11 @@ def test_context_and_expert_parallel_say_why_not():
         with pytest.raises(ConfigError, match="experts are divided among ranks that see different batches") as caught:
             check_axes(Dims(dp_replicate=2, ep=2, **{axis: 2}), "cuda", has_experts=True)
         assert f"parallel.{axis}=1" in caught.value.hint
+
+
+def test_experts_that_keep_statistics_are_refused():
+    model = nn.ModuleDict({"mixture": Experts(nn.BatchNorm1d(4) for _ in range(4))})
+    shares = Shares.__new__(Shares)
+    shares.size, shares.place = 2, 0
+    with pytest.raises(ConfigError, match=r"experts of mixture keep a buffer, 0\.running_mean"):
+        shares.divide(model)

@@ -48,10 +48,16 @@ class Shares:
         """Leave out of a model, in place, what other ranks have of its experts.
 
         Raises:
-            ConfigError: the ranks do not divide the experts of a mixture.
+            ConfigError: the ranks do not divide the experts of a mixture, or experts keep statistics in buffers, which the
+                ranks that see different batches would overwrite by those of another expert.
         """
         for name, experts in _mixtures(model):
             total = len(experts)
+            if buffer := next((each for each, _ in experts.named_buffers()), ""):
+                raise ConfigError(
+                    f"parallel.ep: experts of {name} keep a buffer, {buffer}, which ranks would overwrite with another's",
+                    "use experts without buffers (LayerNorm or RMSNorm for BatchNorm), or parallel.ep=1",
+                )
             if total % self.size:
                 raise ConfigError(
                     f"parallel.ep: {self.size} does not divide the {total} experts of {name}",
