@@ -5,8 +5,9 @@ python benchmarks/scaling.py [--rounds 5] [--sizes "0.83 M" "10.8 M"]
 The models are those of gpt.py. Twice the processes make twice the examples in a step; the efficiency is the time of a step
 of one process over that of two, 1 at best: what is missing went into sums over the processes and into waiting for the slower
 one, or the two cores have less than twice the speed of one. How much that is, two runs show that know nothing of each other:
-no training can do better. In each round one process trains, then two do, through the real loop and gloo, then two apart; the
-figures are of a round's median steps. The last line is the goal.
+no training can do better. In each round one process trains, then two do, then two apart, all through the real loop; then
+one and two in a bare loop under torch's DistributedDataParallel and gloo, whose efficiency is that of the two. The figures
+are of a round's median steps. The last line is the goal.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from benchmarks.overhead import spread
 from tests.tiny import tiny_dataset
 
 # Of a run, after the first.
-STEPS = {"0.83 M": 50, "10.8 M": 4}
+STEPS = {"0.83 M": 100, "10.8 M": 6}
 DEADLINE_S = 600.0
 GOAL = 0.9
 CHILD = """
@@ -54,9 +55,52 @@ with together:
 if os.environ["RANK"] == "0":
     print("ends", *ends)
 """
+# The same model, batches and optimizer under torch DDP.
+PEER = """
+import os, sys, time
+from functools import partial
+import numpy as np
+import torch
+from torch import nn
+from trainer import models, tasks
+from trainer.artifacts.dataset import Dataset
+from trainer.config.load import load
+from trainer.tasks.token_loss import token_loss
+from trainer.train import optimizers
+from trainer.train.state import seed_all
+
+class Loss(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+    def forward(self, inputs, targets):
+        return self.model(inputs, finish=partial(token_loss, targets=targets)) / targets.numel()
+
+dataset, params = Dataset(sys.argv[1]), load(None, sys.argv[2:])
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+seed_all(0)
+model = models.build(params.model, dataset.spec).train()
+task, rank, size = tasks.build(params, dataset), torch.distributed.get_rank(), params.train.batch_size
+order = np.random.default_rng(0).permutation(task.num_examples("train"))
+optimizer = optimizers.build(model, params.train)
+loss = nn.parallel.DistributedDataParallel(Loss(model))
+ends = []
+for step in range(params.train.max_steps):
+    rows = np.resize(order[(2 * step + rank) * size :], size)
+    batch = task.batch("train", rows)
+    loss(batch["inputs"], batch["targets"]).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), params.train.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    ends.append(time.perf_counter())
+torch.distributed.destroy_process_group()
+if rank == 0:
+    print("ends", *ends)
+"""
 
 
-def step_s(dataset: Path, size: str, processes: int, apart: bool = False) -> float:
+def step_s(dataset: Path, size: str, processes: int, apart: bool = False, program: str = CHILD) -> float:
     """Seconds of the median step of a run; `apart`: of as many runs of one process at the same time."""
     world = 1 if apart else processes
     words = [
@@ -68,7 +112,7 @@ def step_s(dataset: Path, size: str, processes: int, apart: bool = False) -> flo
         port = free.getsockname()[1]
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
     shared |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-c", CHILD, str(dataset), *words]
+    command = [sys.executable, "-c", program, str(dataset), *words]
     running = [
         subprocess.Popen(
             command,
@@ -99,19 +143,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
     args = parser.parse_args()
-    print(f"{'min / median / max, ms':<24}{'1 process':>22}{'2 processes':>24}{'2 apart':>24}")
+    columns = ("1 process", "2 processes", "2 apart", "DDP, 1 process", "DDP, 2 processes")
+    print(f"{'min / median / max, ms':<24}" + "".join(f"{column:>26}" for column in columns))
     with tempfile.TemporaryDirectory() as place:
         for size in args.sizes:
             folder = Path(place) / size.replace(" ", "")
             tiny_dataset(folder, "lm", rows=3000, max_length=SIZES[size][0].length)
             rounds = [
-                (step_s(folder, size, 1), step_s(folder, size, 2), step_s(folder, size, 2, apart=True))
+                (
+                    step_s(folder, size, 1),
+                    step_s(folder, size, 2),
+                    step_s(folder, size, 2, apart=True),
+                    step_s(folder, size, 1, program=PEER),
+                    step_s(folder, size, 2, program=PEER),
+                )
                 for _ in range(args.rounds)
             ]
-            one, two, apart = ([1e3 * times[which] for times in rounds] for which in range(3))
-            print(f"{'GPT ' + size:<24}{spread(one):>22}{spread(two):>24}{spread(apart):>24}", flush=True)
-            efficiency, bound = ([alone / each[which] for alone, *each in rounds] for which in range(2))
-            print(f"{'  efficiency':<46}{spread(efficiency, 2):>24}{spread(bound, 2):>24}", flush=True)
+            times = list(zip(*rounds, strict=True))
+            print(
+                f"{'GPT ' + size:<24}" + "".join(f"{spread([1e3 * s for s in each]):>26}" for each in times), flush=True
+            )
+            shares = {which: [each[base] / each[which] for each in rounds] for which, base in ((1, 0), (2, 0), (4, 3))}
+            cells = (spread(shares[which], 2) if which in shares else "" for which in range(5))
+            print(f"{'  efficiency':<24}" + "".join(f"{cell:>26}" for cell in cells), flush=True)
     print(f"goal: at least {GOAL}")
 
 

@@ -24,6 +24,7 @@ from trainer.parallel.arrivals import Arrivals, PeerLost, Unanswered
 from trainer.parallel.nodes import GENERATION
 from trainer.parallel.preflight import preflight
 from trainer.parallel.rollcall import roll_call
+from trainer.parallel.shared import SharedMemory, join
 
 # Gradients are summed in flat pieces of about this many bytes: few collectives, bounded extra memory. They are summed after
 # the backward pass, not during it: on CPUs that saves nothing, as the sums take the same cores (plans with ZeRO overlap).
@@ -85,7 +86,7 @@ class Group(Ranks):
         """Sum a small tensor over the ranks; every rank gets the same bits."""
         self._come()
         moved = values.to(self.device, copy=True)
-        dist.all_reduce(moved)
+        self._sum([moved])
         return moved.to(values.device)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -95,21 +96,33 @@ class Group(Ranks):
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        sum_tensors([parameter.grad for parameter in parameters if parameter.grad is not None])
+        self._sum([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+    def _sum(self, tensors: list[Tensor]) -> None:
+        """Sum tensors over the ranks, in place."""
+        if _shared:
+            _shared.sum(tensors)
+        else:
+            sum_tensors(tensors)
 
     def same_parameters(self, model: nn.Module) -> None:
         """Give every rank the parameters and buffers of rank 0."""
         self._come()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                dist.broadcast(parameter, 0)
-        self.same_buffers(model)
+        self._same([*model.parameters(), *model.buffers()])
 
     def same_buffers(self, model: nn.Module) -> None:
         """Give every rank the buffers (running means and the like) of rank 0."""
         self._come()
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+        self._same(list(model.buffers()))
+
+    def _same(self, tensors: list[Tensor]) -> None:
+        """Give tensors the values of rank 0."""
+        if _shared:
+            _shared.same(tensors)
+            return
+        with torch.no_grad():
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
     def gather(self, value: Any) -> list[Any]:
         """The plain value of each rank, by rank, on every rank."""
@@ -168,6 +181,7 @@ def current(device: torch.device) -> Ranks:
 
 # Of this process's group; set while there is one.
 _arrivals: Arrivals | None = None
+_shared: SharedMemory | None = None
 
 
 @contextmanager
@@ -190,7 +204,7 @@ def process_group(
         Unanswered: a collective took too long.
         PeerLost: another rank is gone, or did not pass the check.
     """
-    global _arrivals
+    global _arrivals, _shared
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     generation = os.environ.get(GENERATION, "")
     attempt = generation or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -214,8 +228,11 @@ def process_group(
         try:
             if check:
                 preflight(device, timeout_s, shared, names)
+            _shared = join(shared, rank, size, timeout_s) if device.type == "cpu" else None
             yield
         finally:
+            if _shared:
+                _shared.close()
             dist.destroy_process_group()
     except RuntimeError as error:
         if not _is_of_group(error):
@@ -228,7 +245,7 @@ def process_group(
         message = f"rank {rank}: lost the connection to another rank: {str(error).splitlines()[0]}"
         raise PeerLost(message, "the same command resumes from the newest checkpoint") from error
     finally:
-        _arrivals = None
+        _arrivals = _shared = None
 
 
 def _is_of_group(error: RuntimeError) -> bool:
