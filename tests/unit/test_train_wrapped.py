@@ -1,6 +1,7 @@
 """Recomputed activations change no bit; `auto` measures, keeps what it found, and leaves the run as it was."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -100,6 +101,7 @@ def test_nothing_is_measured_where_all_is_said(dataset, monkeypatch) -> None:
 
 
 def test_auto_is_measured_said_and_kept(dataset, tmp_path, cache, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(probe, "SCHEDSTAT", tmp_path / "none")  # what else this machine does is not the subject
     first = settle(dataset, "train.precision=auto", "train.compile=auto", "train.threads=auto", folder=tmp_path / "run")
     assert first.precision in ("fp32", "bf16")
     assert first.compile is False  # eight passes pay for no compilation
@@ -112,6 +114,29 @@ def test_auto_is_measured_said_and_kept(dataset, tmp_path, cache, capsys, monkey
         path.unlink()
     again = settle(dataset, "train.precision=auto", "train.compile=auto", "train.threads=auto", folder=tmp_path / "run")
     assert again == first
+    assert "resumed" in capsys.readouterr().out
+
+
+def test_what_was_measured_beside_other_work_is_kept_for_this_run_alone(
+    dataset, tmp_path, cache, capsys, monkeypatch
+) -> None:
+    said = tmp_path / "schedstat"
+    said.write_text("0 0 1")
+    monkeypatch.setattr(probe, "SCHEDSTAT", said)
+    passed = probe.Probe._pass
+
+    def crowded(self, way, batch) -> float:
+        began = time.monotonic()
+        seconds = passed(self, way, batch)
+        waited = float(said.read_text().split()[1]) + 1e9 * (time.monotonic() - began)
+        said.write_text(f"0 {waited:.0f} 1")
+        return seconds
+
+    monkeypatch.setattr(probe.Probe, "_pass", crowded)
+    settle(dataset, "train.precision=auto", folder=tmp_path / "run")
+    assert "beside other work" in capsys.readouterr().out
+    assert not list(cache.glob("auto-*"))
+    settle(dataset, "train.precision=auto", folder=tmp_path / "run")
     assert "resumed" in capsys.readouterr().out
 
 

@@ -41,6 +41,10 @@ GAIN, RETURN = 1.05, 1.5
 # Seconds that compilation is taken to cost before it is tried.
 COMPILE_S = 20.0
 CHOICE = "choice.json"
+# Linux: nanoseconds that this thread ran, and that it waited for a processor, and how often. Where it waited for a larger
+# share of the time, other work had a say in what is fastest, and it is not remembered for runs that have the host alone.
+SCHEDSTAT = Path("/proc/thread-self/schedstat")
+MOST_WAITED = 0.1
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,7 @@ class Probe:
             yield kept
             return
         size = min(self.train.batch_size, self.task.num_examples("train"))
+        began, waited = time.monotonic(), _waited_s()
         while True:
             times: dict[Way, float] = {}
             try:
@@ -140,9 +145,10 @@ class Probe:
             finally:
                 self.models.clear()
                 torch.set_num_threads(devices.num_threads(self.train))
-        result = self._choose(times)
-        self._keep(result)
-        yield result
+        way, why = self._choose(times)
+        alone = _waited_s() - waited <= MOST_WAITED * (time.monotonic() - began)
+        self._keep((way, why), self._cache() if alone else None)
+        yield way, why if alone else f"{why}, beside other work: measured again next time"
 
     # -- measuring --------------------------------------------------------------------------------------------------
 
@@ -243,13 +249,14 @@ class Probe:
                 found = json.loads(path.read_text(encoding="utf-8"))
                 result = {name: found[name] for name in ("precision", "compile", "threads")}, str(found["why"])
                 if words == "found before":
-                    self._keep(result)
+                    self._keep(result, None)
                 return result[0], f"{result[1]}, {words}"
         return None
 
-    def _keep(self, result: tuple[dict[str, Any], str]) -> None:
+    def _keep(self, result: tuple[dict[str, Any], str], cache: Path | None) -> None:
+        """Remember for the run that resumes this one, and in `cache` for others."""
         content = {**result[0], "why": result[1]}
-        for path in (self.folder / CHOICE if self.folder else None, self._cache()):
+        for path in (self.folder / CHOICE if self.folder else None, cache):
             if path is not None:
                 # Where it cannot be kept it is measured again.
                 with suppress(OSError, MillraceError):
@@ -286,6 +293,14 @@ def _has_compiler(device: torch.device) -> bool:
     except MillraceError:
         return False
     return True
+
+
+def _waited_s() -> float:
+    """Seconds that this thread has waited for a processor; 0 where the system does not say."""
+    try:
+        return int(SCHEDSTAT.read_text(encoding="ascii").split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def _wait(device: torch.device) -> None:
