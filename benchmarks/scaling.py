@@ -46,7 +46,7 @@ from trainer.train.fit import fit
 from trainer.train.state import seed_all
 
 ends = []
-together = process_group("gloo", 300.0, torch.device("cpu")) if os.environ["WORLD_SIZE"] != "1" else nullcontext()
+together = process_group("auto", 300.0, torch.device("cpu")) if os.environ["WORLD_SIZE"] != "1" else nullcontext()
 with together:
     dataset, params = Dataset(sys.argv[1]), load(None, sys.argv[2:])
     seed_all(0)
@@ -55,7 +55,7 @@ with together:
 if os.environ["RANK"] == "0":
     print("ends", *ends)
 """
-# The same model, batches and optimizer under torch DDP.
+# The same model, batches, optimizer and kernels under torch DDP.
 PEER = """
 import os, sys, time
 from functools import partial
@@ -67,6 +67,7 @@ from trainer.artifacts.dataset import Dataset
 from trainer.config.load import load
 from trainer.tasks.token_loss import token_loss
 from trainer.train import optimizers
+from trainer.train.device import machine
 from trainer.train.state import seed_all
 
 class Loss(nn.Module):
@@ -77,8 +78,9 @@ class Loss(nn.Module):
         return self.model(inputs, finish=partial(token_loss, targets=targets)) / targets.numel()
 
 dataset, params = Dataset(sys.argv[1]), load(None, sys.argv[2:])
-torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
+kernels = machine(params.train)
+kernels.__enter__()
 seed_all(0)
 model = models.build(params.model, dataset.spec).train()
 task, rank, size = tasks.build(params, dataset), torch.distributed.get_rank(), params.train.batch_size

@@ -154,7 +154,7 @@ def _run(folder: Path, case: Case) -> None:
     from trainer.parallel.group import process_group
 
     result: dict[str, Any]
-    with process_group("gloo", 60.0, torch.device("cpu")):
+    with process_group("auto", 60.0, torch.device("cpu")):
         try:
             result = train(folder, case)
         except Stopped:

@@ -113,7 +113,7 @@ def main(place: Path) -> None:
     rank = int(os.environ["RANK"])
     dataset = Dataset(place / "data")
     found = {}
-    with process_group("gloo", 30.0, torch.device("cpu")):
+    with process_group("auto", 30.0, torch.device("cpu")):
         for name, (fault, words) in CASES.items():
             os.environ[inject.VARIABLE] = fault
             found[name] = outcome(dataset, words, Narrow if name == "evaluation" else Classify)

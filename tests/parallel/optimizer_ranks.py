@@ -81,7 +81,7 @@ def main(place: Path) -> None:
     torch.set_num_threads(1)
     dataset = Dataset(place / "data")
     found: dict = {"losses": {}, "apart": {}, "refused": {}}
-    with process_group("gloo", 60.0, torch.device("cpu")):
+    with process_group("auto", 60.0, torch.device("cpu")):
         for name in plugins.OPTIMIZERS:
             found["losses"][name] = losses(dataset, name, 4)
         mesh = init_device_mesh("cpu", (2,))

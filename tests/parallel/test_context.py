@@ -89,7 +89,7 @@ def attention_of_two(folder):
     from trainer.parallel.group import process_group
 
     found = {}
-    with process_group("gloo", 60.0, torch.device("cpu")):
+    with process_group("auto", 60.0, torch.device("cpu")):
         context = Context(init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",)), 2, 60.0)
         for dtype in (torch.float32, torch.bfloat16):
             torch.manual_seed(0)

@@ -114,7 +114,7 @@ def test_every_collective_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setenv(name, value)
     path, cpu, model = tmp_path / "arrivals", torch.device("cpu"), torch.nn.BatchNorm1d(2)
     arrivals.create(path, 1)
-    with process_group("gloo", 10.0, cpu, path):
+    with process_group("auto", 10.0, cpu, path):
         ranks = current(cpu)
         for collective in (
             lambda: ranks.sum(torch.ones(2)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import time
 from collections.abc import Callable
@@ -122,9 +123,22 @@ def test_a_rank_that_leaves_is_named_at_once() -> None:
     assert together(work)[0] == "Connection closed by peer: rank 1 has left"
 
 
+def test_ranks_that_bring_different_things_are_told() -> None:
+    """An error on every rank, instead of a sum of what does not belong together."""
+
+    def work(memory: SharedMemory, rank: int) -> None:
+        memory.sum([torch.ones(3)])
+        with pytest.raises(RuntimeError, match=f"rank {1 - rank} does not bring to a collective what rank {rank} does"):
+            memory.sum([torch.ones(3), torch.ones(rank)]) if rank else memory.sum([torch.ones(3)])
+        with pytest.raises(RuntimeError, match=r"float64 to sum|bytes to be those of rank 0"):
+            memory.sum([torch.ones(1, dtype=torch.float64)]) if rank else memory.same([torch.ones(2)])
+
+    together(work)
+
+
 def ends(place: Path) -> None:
     """As rank 1: end without a word. As rank 0: wait for it."""
-    with process_group("gloo", 60.0, CPU):
+    with process_group("auto", 60.0, CPU):
         ranks = current(CPU)
         assert ranks.sum(torch.ones(1)).tolist() == [2.0]
         assert group._shared
@@ -145,7 +159,7 @@ def test_a_process_that_ends_is_found_long_before_the_timeout(tmp_path: Path) ->
 def apart(place: Path) -> None:
     """Ranks that torchrun says are on nodes of their own."""
     os.environ["LOCAL_WORLD_SIZE"] = "1"
-    with process_group("gloo", 60.0, CPU):
+    with process_group("auto", 60.0, CPU):
         ranks = current(CPU)
         model = torch.nn.BatchNorm1d(2)
         torch.nn.init.constant_(model.weight, float(ranks.rank))
@@ -161,16 +175,20 @@ def test_ranks_of_several_nodes_use_gloo(tmp_path: Path) -> None:
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == [True, 2.0, [0.0, 0.0]]
 
 
-@pytest.mark.parametrize("broken", [0, 1])
-def test_if_one_rank_cannot_share_none_does(broken: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A container's seccomp profile, or an old kernel: all take gloo then."""
+@pytest.mark.parametrize("broken", ["memfd_create", "pidfd_open", "open", "mmap"])
+def test_if_one_rank_cannot_share_none_does(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Python for old systems, an old kernel, a container's profile: all take gloo then."""
     store = HashStore()
-    made, opened = os.memfd_create, os.open
+    opened, mapped, first = os.open, mmap.mmap, iter([True, False])
 
     def refuse(*args: object) -> int:
         raise PermissionError
 
-    monkeypatch.setattr(os, "memfd_create", refuse if broken == 0 else made)
-    monkeypatch.setattr(os, "open", lambda path, *rest: refuse() if "/fd/" in str(path) else opened(path, *rest))
+    if broken == "mmap":
+        monkeypatch.setattr(mmap, "mmap", lambda *args: refuse() if next(first) else mapped(*args))
+    elif broken == "open":
+        monkeypatch.setattr(os, "open", lambda path, *rest: refuse() if "/fd/" in str(path) else opened(path, *rest))
+    else:
+        monkeypatch.delattr(os, broken)
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(lambda rank: join(store, rank, 2, 5.0), range(2))) == [None, None]

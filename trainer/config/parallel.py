@@ -41,7 +41,7 @@ class Parallel(Section):
     """How the model and its batches are divided among processes; the product of the sizes is the number of processes."""
 
     backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """`auto` takes nccl on GPUs and gloo on CPUs, where ranks of one machine sum in shared memory."""
+    """`auto` takes nccl on GPUs; on CPUs gloo, and shared memory for sums over up to 16 ranks of one Linux x86-64 machine."""
     timeout_s: float = Field(default=300.0, ge=1.0)
     """A collective that takes longer than this many seconds ends the job."""
     max_restarts: int = Field(default=0, ge=0)

@@ -100,7 +100,7 @@ class Group(Ranks):
 
     def _sum(self, tensors: list[Tensor]) -> None:
         """Sum tensors over the ranks, in place."""
-        if _shared:
+        if _shared and self.device.type == "cpu":
             _shared.sum(tensors)
         else:
             sum_tensors(tensors)
@@ -117,7 +117,7 @@ class Group(Ranks):
 
     def _same(self, tensors: list[Tensor]) -> None:
         """Give tensors the values of rank 0."""
-        if _shared:
+        if _shared and self.device.type == "cpu":
             _shared.same(tensors)
             return
         with torch.no_grad():
@@ -154,6 +154,9 @@ def subgroup(parts: list[list[int]], timeout_s: float) -> dist.ProcessGroup:
 def sum_tensors(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Sum tensors over a group's ranks (all ranks without one), in place."""
     for bucket in _buckets(tensors):
+        if len(bucket) == 1 and bucket[0].is_contiguous():
+            dist.all_reduce(bucket[0], group=group)
+            continue
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
         dist.all_reduce(flat, group=group)
         for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
@@ -194,7 +197,7 @@ def process_group(
     So each attempt has a prefix of its own in the store.
 
     Args:
-        backend: gloo, nccl or auto (nccl on GPUs).
+        backend: gloo, nccl or auto (nccl on GPUs; else gloo, and memory that ranks of one machine share).
         timeout_s: a collective that takes longer fails.
         device: this rank's device.
         arrivals: file in which the local ranks note what they have come to, see `trainer.parallel.arrivals`.
@@ -228,7 +231,8 @@ def process_group(
         try:
             if check:
                 preflight(device, timeout_s, shared, names)
-            _shared = join(shared, rank, size, timeout_s) if device.type == "cpu" else None
+            if backend == "auto" and device.type == "cpu":
+                _shared = join(shared, rank, size, timeout_s)
             yield
         finally:
             if _shared:

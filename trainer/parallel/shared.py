@@ -13,6 +13,7 @@ import platform
 import secrets
 import select
 import time
+import zlib
 from collections.abc import Iterator
 
 import torch
@@ -25,13 +26,15 @@ from trainer.cores import num_cores
 MOST_RANKS = 16
 # Pieces of this size stay in a core's cache between being written and being read.
 SLOT_BYTES = 1 << 19
-# Before the slots, for each rank: how many pieces it has written, whether it has left; then what tells this memory from others.
+# Before the slots, for each rank: how many pieces it has written, whether it has left, and what is in its slots; then what
+# tells this memory from others.
 WORDS = 8
-COUNT, LEFT = range(2)
+COUNT, LEFT, KIND = range(3)
 TOKEN_BYTES = 16
 # A rank that waits keeps its core for about as long as ranks of equal work are apart; then it sleeps in between.
 SPIN_S = 0.005
-SLEEP_S = 50e-6
+SLEEP_S, LONGEST_SLEEP_S = 50e-6, 1e-3
+LOST = "Connection closed by peer: rank {} has left"
 # How often a rank that waits sees whether the other one lives.
 LOOK_S = 0.1
 
@@ -40,22 +43,30 @@ class SharedMemory:
     """The memory that the ranks of a process group share.
 
     Args:
-        file: its descriptor, see `join`.
+        memory: see `join`.
         rank: this rank.
         processes: the ranks' process numbers.
         timeout_s: a wait that takes longer fails.
+
+    Raises:
+        RuntimeError: another rank has left already.
     """
 
-    def __init__(self, file: int, rank: int, processes: list[int], timeout_s: float) -> None:
+    def __init__(self, memory: mmap.mmap, rank: int, processes: list[int], timeout_s: float) -> None:
         self._rank, self._timeout_s, size = rank, timeout_s, len(processes)
-        memory = mmap.mmap(file, _bytes(size))
         self._words = memoryview(memory)[: mmap.PAGESIZE].cast("q")
         slots = torch.frombuffer(memory, dtype=torch.uint8, offset=mmap.PAGESIZE).view(2, size, SLOT_BYTES)
         self._slots = [list(half.unbind()) for half in slots]
         self._sum = torch.empty(SLOT_BYTES, dtype=torch.uint8)
         self._written = 0
         self._spin_s = SPIN_S if size <= num_cores() else 0.0
-        self._lives = [os.pidfd_open(process) for process in processes]
+        self._lives: list[int] = []
+        for other, process in enumerate(processes):
+            try:
+                self._lives.append(os.pidfd_open(process))
+            except OSError as error:
+                self.close()
+                raise RuntimeError(LOST.format(other)) from error
 
     def close(self) -> None:
         """Leave: others that wait for this rank fail at once."""
@@ -75,7 +86,7 @@ class SharedMemory:
             sizes, dtype = [piece.numel() for piece in pieces], pieces[0].dtype
             parts = [slot.view(dtype)[: sum(sizes)] for slot in self._slots[self._written % 2]]
             torch.cat(pieces, out=parts[self._rank])
-            self._meet()
+            self._meet(f"{sum(sizes)} values of {dtype} to sum")
             total = torch.add(parts[0], parts[1], out=self._sum.view(dtype)[: sum(sizes)])
             for part in parts[2:]:
                 total += part
@@ -95,13 +106,15 @@ class SharedMemory:
             first = self._slots[self._written % 2][0][: sum(sizes)]
             if self._rank == 0:
                 torch.cat(pieces, out=first)
-            self._meet()
+            self._meet(f"{sum(sizes)} bytes to be those of rank 0")
             if self._rank != 0:
                 torch._foreach_copy_(pieces, torch.split(first, sizes))
         _put_back(tensors, whole)
 
-    def _meet(self) -> None:
-        """Wait until every rank has written its piece."""
+    def _meet(self, kind: str) -> None:
+        """Wait until every rank has written its piece, which must be of the same kind."""
+        number, half = zlib.crc32(kind.encode()), KIND + self._written % 2
+        self._words[self._rank * WORDS + half] = number
         self._written += 1
         self._words[self._rank * WORDS + COUNT] = self._written
         began = looked = time.monotonic()
@@ -111,10 +124,12 @@ class SharedMemory:
                 if now - began < self._spin_s:
                     os.sched_yield()
                     continue
-                time.sleep(SLEEP_S)
+                time.sleep(min(max(SLEEP_S, (now - began) / 100), LONGEST_SLEEP_S))
                 if now - looked >= LOOK_S:
                     looked = now
                     self._look(rank, now - began)
+            if self._words[rank * WORDS + half] != number:
+                raise RuntimeError(f"rank {rank} does not bring to a collective what rank {self._rank} does: {kind}")
 
     def _is_there(self, rank: int) -> bool:
         return self._words[rank * WORDS + COUNT] >= self._written
@@ -125,7 +140,7 @@ class SharedMemory:
         lives.register(self._lives[rank], select.POLLIN)
         # It may have come, and left since.
         if (lives.poll(0) or self._words[rank * WORDS + LEFT]) and not self._is_there(rank):
-            raise RuntimeError(f"Connection closed by peer: rank {rank} has left")
+            raise RuntimeError(LOST.format(rank))
         if waited_s > self._timeout_s:
             raise RuntimeError(f"Timed out after {self._timeout_s:g} s of waiting for rank {rank}")
 
@@ -145,7 +160,7 @@ def join(store: Store, rank: int, size: int, timeout_s: float) -> SharedMemory |
     ordered = platform.system() == "Linux" and platform.machine() == "x86_64"
     if not 1 < size <= MOST_RANKS or not ordered or os.environ.get("LOCAL_WORLD_SIZE", str(size)) != str(size):
         return None
-    file = -1
+    file, memory, mine = -1, None, ""
     try:
         if rank == 0:
             file = os.memfd_create("millrace")
@@ -159,18 +174,20 @@ def join(store: Store, rank: int, size: int, timeout_s: float) -> SharedMemory |
             # In another container that number may be another process's.
             if os.pread(file, TOKEN_BYTES, mmap.PAGESIZE - TOKEN_BYTES).hex() != token_hex:
                 raise FileNotFoundError
+        memory = mmap.mmap(file, _bytes(size))
         os.close(os.pidfd_open(os.getpid()))
-        store.set(f"shared/{rank}", str(os.getpid()))
-    except (OSError, ValueError):
+        mine = str(os.getpid())
+    except (AttributeError, OSError, ValueError):
+        # Pythons that were built for old systems lack these functions; old kernels and strict containers refuse them.
         if rank == 0:
             store.set("shared", "")
-        store.set(f"shared/{rank}", "")
     try:
+        store.set(f"shared/{rank}", mine)
         said = [store.get(f"shared/{other}").decode() for other in range(size)]
-        return SharedMemory(file, rank, [int(process) for process in said], timeout_s) if all(said) else None
     finally:
         if file >= 0:
             os.close(file)
+    return SharedMemory(memory, rank, [int(process) for process in said], timeout_s) if memory and all(said) else None
 
 
 def _bytes(size: int) -> int:
