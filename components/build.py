@@ -23,6 +23,9 @@ LAUNCH = ["python", "-m", "components.launch"]
 # Section `cluster` as it is compiled in: no input of the pipeline, so nothing that the run form could say otherwise.
 CLUSTER = SECTION.format("cluster")
 SECTIONS = tuple(section for section in Params.model_fields if section != "cluster")
+# What a launcher reads beside its stage's sections: a trial that is a job of its own may train on several nodes, and a model
+# whose parameters are searched is not checked before they are known.
+LAUNCHED_READS = {"tune": "parallel", "train": "tune"}
 # What `configure` puts out beside the sections: name -> what it says.
 FOUND = {
     "data_version": "version of the raw data: DVC's md5 of it",
@@ -96,9 +99,9 @@ def inputs_of(task: Task) -> Iterator[tuple[str, Any, Any, str]]:
 
 
 def sections_of(task: Task) -> tuple[str, ...]:
-    """The sections of params.yaml that a stage's task reads; a trial that is a job of its own may train on several nodes."""
+    """The sections of params.yaml that a stage's task reads."""
     sections = STAGES[task.name].sections
-    return (*sections, "parallel") if task.launches and "parallel" not in sections else sections
+    return (*sections, LAUNCHED_READS[task.name]) if task.launches else sections
 
 
 def outputs_of(task: Task) -> Iterator[tuple[str, Any, str]]:

@@ -61,6 +61,24 @@ def test_inputs_are_where_their_references_say_and_outputs_go_to_the_store(tmp_p
     assert f"dataset={tmp_path}/mnt/dataset" in job.args
 
 
+def test_a_model_whose_size_is_searched_is_not_judged_by_the_size_that_is_not_taken(tmp_path: Path) -> None:
+    made = artifact(tmp_path / "mnt" / "dataset", "dataset")
+    executor.refer(str(tmp_path / "kfp" / "task" / "dataset"), str(tmp_path / "mnt" / "dataset"), made.digest)
+    model = {"name": "decoder", "layers": 1}
+    sections = {"task_params": {"name": "lm"}, "model_params": model, "parallel_params": {"pp": 2}}
+    values = {name: json.dumps(tree) for name, tree in sections.items()}
+    search = {"enabled": True, "space": {"model.layers": {"type": "int", "low": 2, "high": 4}}}
+
+    def job(**more: str) -> Any:
+        text = given(tmp_path, **values, **more)
+        asked = kfp.read("train", executor.read(text), text, [])
+        return stages.training(asked, "team", {"dataset": made.digest})[0]
+
+    assert job(tune_params=json.dumps(search)).nodes == 2
+    with pytest.raises(ConfigError, match=r"parallel\.pp: 2 stages, but the model has 1 block"):
+        job()
+
+
 @pytest.mark.parametrize("nodes", ["two", "0", "-1"])
 def test_nodes_that_are_none_are_refused(tmp_path: Path, nodes: str) -> None:
     text = given(tmp_path, nodes=nodes)
