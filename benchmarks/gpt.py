@@ -3,8 +3,8 @@
 python benchmarks/gpt.py --nanogpt DIR    # DIR: a clone of github.com/karpathy/nanoGPT; without it that row is left out
 
 Ours is the real training loop, with precision, compilation and threads left to `auto`. Between two of its steps each of
-the others makes one, so that what else the machine does hits all alike; peers run with torch as it comes, but share with
-ours that the C library keeps freed memory. All have as many parameters within 2 %. HF Trainer is left out where transformers
+the others makes one, so that what else the machine does hits all alike; each has a process of its own, with torch as it
+comes. All have as many parameters within 2 %. HF Trainer is left out where transformers
 is missing. Goals: 1.3 times nanoGPT's fp32 for the small one, 1.1 times its best for the large one. What the loop takes by
 itself: overhead.py.
 """
@@ -13,20 +13,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.peers.gpts import WARM_UP, Contender, Shape, hf_trainer, nanogpt, race, table
+from benchmarks.peers.gpts import WARM_UP, Contender, Shape, apart, hf_trainer, nanogpt, race, table
 from trainer.config.load import load
 from trainer.cores import num_cores
 
 # name -> shape, steps
 SIZES = {
     "0.83 M": (Shape(layers=4, width=128, heads=4, length=64, batch=12, ff=344, vocab=320), 30),
-    "10.8 M": (Shape(layers=6, width=384, heads=6, length=256, batch=16, ff=1024, vocab=320), 5),
+    "10.8 M": (Shape(layers=6, width=384, heads=6, length=256, batch=16, ff=1024, vocab=320), 15),
 }
 
 
@@ -36,10 +37,11 @@ def contenders(shape: Shape, steps: int, folder: Path | None, compiled: bool, co
     kinds = [(None, False), (torch.bfloat16, False), *([(None, True), (torch.bfloat16, True)] if compiled else [])]
     for dtype, built in kinds if folder else []:
         name = f"nanoGPT {'bf16' if dtype else 'fp32'}{' compiled' if built else ''}"
-        found[name] = nanogpt(Path(folder or ""), shape, "cpu", dtype, built, cores)
+        found[name] = apart(partial(nanogpt, Path(folder or ""), shape, "cpu", dtype, built, cores))
     for bf16 in (False, True):
         try:
-            found[f"HF Trainer {'bf16' if bf16 else 'fp32'}"] = hf_trainer(shape, "cpu", bf16, False, steps + 1, cores)
+            peer = partial(hf_trainer, shape, "cpu", bf16, False, steps + 1, cores)
+            found[f"HF Trainer {'bf16' if bf16 else 'fp32'}"] = apart(peer)
         except ImportError as error:
             print(f"HF Trainer is left out ({error}); pip install --group bench")
             break

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,44 @@ def hf_trainer(shape: Shape, device: str, bf16: bool, compiled: bool, steps: int
             go_on()
 
     return models.num_parameters(model), step
+
+
+def apart(make: Callable[[], Contender]) -> Contender:
+    """A contender in a process of its own, with torch and the C library as they come; the process ends with this one.
+
+    Args:
+        make: called there; it must be picklable.
+
+    Raises:
+        ImportError: `make` has raised it.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=_serve, args=(make, theirs), daemon=True).start()
+    theirs.close()
+    said = ours.recv()
+    if isinstance(said, ImportError):
+        raise said
+
+    def step() -> None:
+        ours.send(True)
+        ours.recv()
+
+    return int(said), step
+
+
+def _serve(make: Callable[[], Contender], pipe: Connection) -> None:
+    """Make the contender, and a step of it whenever the other process asks for one."""
+    try:
+        size, step = make()
+    except ImportError as error:
+        pipe.send(error)
+        return
+    pipe.send(size)
+    with contextlib.suppress(EOFError):
+        while pipe.recv():
+            step()
+            pipe.send(True)
 
 
 def in_turns(loop: Callable[[Step], None]) -> Step:

@@ -36,6 +36,27 @@ def test_a_loop_in_turns_goes_from_pause_to_pause_and_hands_on_what_it_raises():
         step()
 
 
+def counter() -> gpts.Contender:
+    """One that ends its process with the third step."""
+    left = iter([os.getpid(), 1])
+    return os.getpid(), lambda: next(left) and None
+
+
+def missing() -> gpts.Contender:
+    raise ImportError("no transformers")
+
+
+def test_a_contender_apart_has_a_process_of_its_own_and_steps_when_asked():
+    process, step = gpts.apart(counter)
+    assert process != os.getpid()
+    step()
+    step()
+    with pytest.raises(EOFError):
+        step()
+    with pytest.raises(ImportError, match="no transformers"):
+        gpts.apart(missing)
+
+
 def test_in_a_race_all_make_their_steps_in_turn_and_only_ours_has_our_settings():
     made = []
 
