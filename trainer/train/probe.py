@@ -176,6 +176,9 @@ class Probe:
             yield {}
         for _ in range(ROUNDS):
             for way in ways:
+                if way.threads not in (0, torch.get_num_threads()):
+                    # The first pass with other threads starts them: twice the time of a small model's step.
+                    self._pass(way, batch)
                 taken[way].append(self._pass(way, batch))
             yield {way: float(np.median(seconds)) for way, seconds in taken.items()}
 
@@ -188,7 +191,8 @@ class Probe:
         threads = sorted({cores, max(1, cores // 2)}, reverse=True) if train.threads == "auto" else [0]
         if self.device.type == "cuda" and train.threads == "auto":
             threads = [cores]
-        return [Way(one, train.compile is True, number) for one in precisions for number in threads]
+        # By threads, for each change of their number costs a pass more, see `_race`.
+        return [Way(one, train.compile is True, number) for number in threads for one in precisions]
 
     def _pass(self, way: Way, batch: Batch) -> float:
         """Seconds of a forward and backward pass."""
