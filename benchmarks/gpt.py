@@ -4,9 +4,8 @@ python benchmarks/gpt.py --nanogpt DIR    # DIR: a clone of github.com/karpathy/
 
 Ours is the real training loop, with precision, compilation and threads left to `auto`. Between two of its steps each of
 the others makes one, so that what else the machine does hits all alike; each has a process of its own, with torch as it
-comes. All have as many parameters within 2 %. HF Trainer is left out where transformers
-is missing. Goals: 1.3 times nanoGPT's fp32 for the small one, 1.1 times its best for the large one. What the loop takes by
-itself: overhead.py.
+comes. All have as many parameters within 2 %. HF Trainer is left out where transformers is missing. Goals: 1.3 times
+nanoGPT's fp32 for the small one, 1.1 times its best for the large one. What the loop takes by itself: overhead.py.
 """
 
 from __future__ import annotations

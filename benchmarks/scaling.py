@@ -55,47 +55,30 @@ with together:
 if os.environ["RANK"] == "0":
     print("ends", *ends)
 """
-# The same model, batches, optimizer and kernels under torch DDP.
+# The same model, batches, optimizer and kernels under torch DDP, in the bare loop of overhead.py.
 PEER = """
-import os, sys, time
-from functools import partial
+import sys, time
 import numpy as np
 import torch
-from torch import nn
+from benchmarks.overhead import bare
 from trainer import models, tasks
 from trainer.artifacts.dataset import Dataset
 from trainer.config.load import load
-from trainer.tasks.token_loss import token_loss
-from trainer.train import optimizers
 from trainer.train.device import machine
 from trainer.train.state import seed_all
 
-class Loss(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-    def forward(self, inputs, targets):
-        return self.model(inputs, finish=partial(token_loss, targets=targets)) / targets.numel()
-
-dataset, params = Dataset(sys.argv[1]), load(None, sys.argv[2:])
+ends, dataset, params = [], Dataset(sys.argv[1]), load(None, sys.argv[2:])
 torch.distributed.init_process_group("gloo")
-kernels = machine(params.train)
-kernels.__enter__()
-seed_all(0)
-model = models.build(params.model, dataset.spec).train()
-task, rank, size = tasks.build(params, dataset), torch.distributed.get_rank(), params.train.batch_size
-order = np.random.default_rng(0).permutation(task.num_examples("train"))
-optimizer = optimizers.build(model, params.train)
-loss = nn.parallel.DistributedDataParallel(Loss(model))
-ends = []
-for step in range(params.train.max_steps):
-    rows = np.resize(order[(2 * step + rank) * size :], size)
-    batch = task.batch("train", rows)
-    loss(batch["inputs"], batch["targets"]).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), params.train.clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    ends.append(time.perf_counter())
+rank = torch.distributed.get_rank()
+with machine(params.train):
+    seed_all(0)
+    model = torch.nn.parallel.DistributedDataParallel(models.build(params.model, dataset.spec).train())
+    task, size, steps = tasks.build(params, dataset), params.train.batch_size, params.train.max_steps
+    order = np.random.default_rng(0).permutation(task.num_examples("train"))
+    step = bare(params, model, steps)
+    for number in range(steps):
+        step(task.batch("train", np.resize(order[(2 * number + rank) * size :], size)))
+        ends.append(time.perf_counter())
 torch.distributed.destroy_process_group()
 if rank == 0:
     print("ends", *ends)
@@ -118,6 +101,7 @@ def step_s(dataset: Path, size: str, processes: int, apart: bool = False, progra
     running = [
         subprocess.Popen(
             command,
+            cwd=Path(__file__).resolve().parent.parent,
             env={**shared, "RANK": str(0 if apart else rank)},
             stdout=subprocess.PIPE,
             text=True,

@@ -76,6 +76,7 @@ class Group(Ranks):
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.device = device
+        self._shared = _shared if device.type == "cpu" else None
 
     def _come(self) -> None:
         """Note that this rank is at the next collective."""
@@ -100,8 +101,8 @@ class Group(Ranks):
 
     def _sum(self, tensors: list[Tensor]) -> None:
         """Sum tensors over the ranks, in place."""
-        if _shared and self.device.type == "cpu":
-            _shared.sum(tensors)
+        if self._shared:
+            self._shared.sum(tensors)
         else:
             sum_tensors(tensors)
 
@@ -117,8 +118,8 @@ class Group(Ranks):
 
     def _same(self, tensors: list[Tensor]) -> None:
         """Give tensors the values of rank 0."""
-        if _shared and self.device.type == "cpu":
-            _shared.same(tensors)
+        if self._shared:
+            self._shared.same(tensors)
             return
         with torch.no_grad():
             for tensor in tensors:

@@ -84,10 +84,11 @@ class SharedMemory:
         whole = [tensor.contiguous() for tensor in tensors]
         for pieces in _pieces([tensor.view(-1) for tensor in whole]):
             sizes, dtype = [piece.numel() for piece in pieces], pieces[0].dtype
-            parts = [slot.view(dtype)[: sum(sizes)] for slot in self._slots[self._written % 2]]
+            numel = sum(sizes)
+            parts = [slot.view(dtype)[:numel] for slot in self._slots[self._written % 2]]
             torch.cat(pieces, out=parts[self._rank])
-            self._meet(f"{sum(sizes)} values of {dtype} to sum")
-            total = torch.add(parts[0], parts[1], out=self._sum.view(dtype)[: sum(sizes)])
+            self._meet(f"{numel} values of {dtype} to sum")
+            total = torch.add(parts[0], parts[1], out=self._sum.view(dtype)[:numel])
             for part in parts[2:]:
                 total += part
             torch._foreach_copy_(pieces, torch.split(total, sizes))
@@ -103,10 +104,11 @@ class SharedMemory:
         whole = [tensor.contiguous() for tensor in tensors]
         for pieces in _pieces([tensor.view(-1).view(torch.uint8) for tensor in whole]):
             sizes = [piece.numel() for piece in pieces]
-            first = self._slots[self._written % 2][0][: sum(sizes)]
+            numel = sum(sizes)
+            first = self._slots[self._written % 2][0][:numel]
             if self._rank == 0:
                 torch.cat(pieces, out=first)
-            self._meet(f"{sum(sizes)} bytes to be those of rank 0")
+            self._meet(f"{numel} bytes to be those of rank 0")
             if self._rank != 0:
                 torch._foreach_copy_(pieces, torch.split(first, sizes))
         _put_back(tensors, whole)
