@@ -147,14 +147,14 @@ def lines(found: dict[str, Any], name: str, paint: Style) -> list[str]:
     ]
     out = ["", f"  {paint(name, 'bold')} on {where}", ""]
     out += [f"  {paint(f'{key:<12}', 'dim')}{value}" for key, value in head]
-    titles = [f"{'memory of a GPU':<34}{'GiB':>10}{'share':>8}", f"{'':<24}{'cautious':>14}{'hopeful':>14}"]
+    titles = [f"{'memory of a GPU':<34}{'GiB':>10}{'share':>8}", f"{'':<28}{'cautious':>14}{'hopeful':>14}"]
     out += ["", f"  {paint(titles[0], 'dim')}"]
     for part, size in memory["parts"].items():
         out.append(f"  {part:<34}{size / GIB:>10,.1f}{size / gpus['memory']:>8.0%}")
     label = f"together, of {gpus['memory'] / GIB:,.1f}"
     total = f"{label:<34}{memory['total'] / GIB:>10,.1f}{memory['total'] / gpus['memory']:>8.0%}"
     out += [f"  {paint(total, 'bold')}", "", f"  {paint(titles[1], 'dim')}"]
-    out += [f"  {label:<24}{low:>14}{high:>14}" for label, low, high in _ranges(found)]
+    out += [f"  {label:<28}{low:>14}{high:>14}" for label, low, high in _ranges(found)]
     out += ["", f"  {paint('checkpoint', 'dim')}  {data(found['checkpoint']['bytes'])}, written in "
             f"{seconds(found['checkpoint']['seconds'][1])} to {seconds(found['checkpoint']['seconds'][0])}"]  # fmt: skip
     if found["run"] is None:
