@@ -19,8 +19,9 @@ def add_command(command: Callable[..., Any]) -> None:
     ):
         each = actions.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
         each.add_argument(
-            "place", metavar="PLACE", help="a stage's scratch folder, or the URI of train.checkpoint_store"
-        )
+            "place", metavar="PLACE", nargs="?", default="out/.scratch",
+            help="a stage's scratch folder, or the URI of train.checkpoint_store (default: out/.scratch)",
+        )  # fmt: skip
         if name != "ls":
             each.add_argument("--step", metavar="N", type=int, help="only the checkpoint of this step")
         if name == "export":

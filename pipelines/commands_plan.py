@@ -35,7 +35,7 @@ def plan(args: Namespace) -> int:
         )
     if args.tokens and args.steps:
         raise ConfigError("--tokens and --steps: both given", "one follows from the other: leave one out")
-    problem = problem_of(params, kind, args.gpus, min(per_node, args.gpus), args.global_batch, given)
+    problem = problem_of(params, kind, args.gpus, per_node, args.global_batch, given)
     layout = configured(params, args.gpus) if args.check else None
     tokens = report.parse_count(args.tokens, "--tokens") if args.tokens else None
     if args.steps:

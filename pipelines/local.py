@@ -18,9 +18,11 @@ from trainer.config import Params
 from trainer.config.load import load, parse_override, read_tree
 from trainer.data.naming import model_name
 from trainer.errors import EXIT_OK, EXIT_REFUSED, StorageError, redact
+from trainer.parallel import fits
 from trainer.registry import Registry
 
 LOG = f"{OUT}/run.log"
+BEFORE_TRAINING = ("raw", "configure", "preprocess")
 
 
 def run(overrides: list[str], *, force: bool = False, only: list[str] | None = None) -> int:
@@ -32,12 +34,14 @@ def run(overrides: list[str], *, force: bool = False, only: list[str] | None = N
         only: names of stages; they and what they need are run, and nothing after them.
 
     Raises:
-        ConfigError: an override is wrong; nothing was written.
+        ConfigError: an override is wrong, or the model cannot be divided among the ranks; nothing was written.
         DataError: the raw data is not there; nothing was written.
     """
     folder = Path()
     project.require(folder)
-    dvcfile.render(load(folder / project.PARAMS, overrides))  # what is wrong is said before a file is written
+    params = load(folder / project.PARAMS, overrides)
+    dvcfile.render(params)  # what is wrong is said before a file is written
+    check_ranks(params, only[-1] if only else "", here=True)
     with project.held(folder) as lock:
         return _run(folder, overrides, force, only or [], lock)
 
@@ -74,6 +78,21 @@ def _run(folder: Path, overrides: list[str], force: bool, only: list[str], lock:
     sys.stdout.flush()
     promotion = storage.read_json(folder / OUT / "promotion" / "promotion.json")
     return EXIT_OK if promotion.get("decision") == "promoted" else EXIT_REFUSED
+
+
+def check_ranks(params: Params, until: str, *, here: bool) -> None:
+    """Refuse ranks that cannot divide the model before data is prepared for it, unless the run ends with the data.
+
+    Args:
+        params: the configuration.
+        until: the run's last stage; empty for all.
+        here: whether this machine is the one that trains.
+
+    Raises:
+        ConfigError: as `trainer.parallel.fits.check`.
+    """
+    if until not in BEFORE_TRAINING and not fits.is_searched(params):
+        fits.check(params, params.train.processes, here=here)
 
 
 def _repro(repro: Repro, board: screen.Board) -> int:

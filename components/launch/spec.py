@@ -197,8 +197,7 @@ def stage(
     )
     if not task.accelerated:
         return spec
-    searched = params.tune.enabled and any(key.startswith("model.") for key in params.tune.space)
-    if task_name == "train" and not searched:
+    if task_name == "train" and not fits.is_searched(params):
         fits.check(params, params.train.processes * nodes)
     if cluster.accelerator in job.devices:
         message = f"cluster.job.devices: {cluster.accelerator} is what cluster.gpus_per_node counts"

@@ -45,6 +45,8 @@ def test_a_hung_rank_is_named_and_a_restart_goes_on(tmp_path: Path) -> None:
         hang(run, 0)
         code, output = run.finish()
         assert (code, "error: rank 0 hung" in output, "rank 1 hung" in output) == (137, True, False), output
+        # Rank 0 speaks for all, and so of rank 1 before the launcher does.
+        assert output.count("farthest behind: rank 1") == 1, output
         assert f"took longer than {TIMEOUT_S} s" in output
         assert "parallel.timeout_s" in output.split("fix:")[1]
         assert "Traceback" not in output

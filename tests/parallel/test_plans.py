@@ -38,7 +38,7 @@ REFUSED = {
         ("parallel.tp=2", "model.heads=4", "model.kv_heads=1"),
         "parallel.tp: 2 does not divide model.kv_heads (1)",
     ),
-    "product": (("parallel.tp=4",), "tp 4 = 4 does not divide the number of ranks, 2"),
+    "product": (("parallel.tp=4",), "parallel: tp 4 does not divide the number of ranks, 2"),
     "context": (("parallel.cp=2",), "context parallel is for GPUs"),
 }
 

@@ -67,7 +67,7 @@ def test_wrong_words_name_the_fix(case: str, capsys: pytest.CaptureFixture[str])
 BAD_OVERRIDES = ["train.lr=fast", "train.lr=-1", "train.lr=nan", "tran.lr=1", "train.learning_rate=1", "lr=1", "train=1",
                  "model.name=gpt", "data.split.val=0.95", "data.source=", "data.source=nowhere.csv",
                  "data.source=builtin:stdlib", "data.tokenizer.path=nowhere.json", "distill.teachers=[nowhere]",
-                 "tune.space.train.nothing.low=1", "distill.student.name=decoder"]  # fmt: skip
+                 "tune.space.train.nothing.low=1", "distill.student.name=decoder", "parallel.tp=2"]  # fmt: skip
 
 
 @pytest.mark.parametrize("word", BAD_OVERRIDES)

@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from pipelines.cli import main
+from pipelines.dvcfile import OUT
 from tests.tiny import tiny_dataset
 from trainer import models, tasks
 from trainer.artifacts import manifest
@@ -79,6 +80,13 @@ def test_verify_names_the_first_bad_file(scratch, capsys):
     damage(scratch / "train/step-000000008/__0_0.distcp")
     assert "train/step-000000008/__0_0.distcp: corrupted" in said(["verify", scratch], capsys, 2)
     assert said(["verify", scratch, "--step", "4"], capsys).count("every byte") == 1
+
+
+def test_without_a_place_it_is_where_a_run_on_this_machine_keeps_them(scratch, tmp_path, capsys, monkeypatch):
+    shutil.copytree(scratch, tmp_path / "project" / OUT / ".scratch")
+    monkeypatch.chdir(tmp_path / "project")
+    assert said(["verify"], capsys).count("every byte") == 3
+    assert len(said(["ls"], capsys).splitlines()) == 4
 
 
 @pytest.mark.parametrize("words", [["verify"], ["verify", "--step", "5"], ["export", "--out", "m"]])

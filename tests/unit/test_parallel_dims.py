@@ -35,14 +35,14 @@ REFUSED = {
     "tp does not divide": (
         {"tp": 4},
         6,
-        "tp 4 = 4 does not divide",
+        "parallel: tp 4 does not divide",
         "8 ranks (train.processes=8 on one node), or parallel.tp=3",
     ),
     "too many for one process": ({"tp": 2}, 1, "the number of ranks, 1", "2 ranks"),
     "a product that is short": (
         {"dp_replicate": 2},
         4,
-        "dp_replicate 2 = 2 is not the number of ranks, 4",
+        "parallel: dp_replicate 2 is not the number of ranks, 4",
         "dp_replicate=-1",
     ),
     "the smallest change": ({"tp": 4, "pp": 3}, 8, "tp 4 x pp 3 = 12", "parallel.pp=2"),

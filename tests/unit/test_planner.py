@@ -27,7 +27,7 @@ LARGE = [name for name in presets.names() if presets.needs_gpus(name)]
 def asked(preset: str, gpus: int, kind: str, *words: str, per_node: int = 8, batch: int = 0):
     params = validate(apply_overrides(parse_yaml(presets.text(preset), preset), words), preset)
     fixed = {key: value for key, value in map(parse_override, words) if key.startswith(SEARCHED)}
-    return problem_of(params, gpu(kind), gpus, min(per_node, gpus), batch, fixed)
+    return problem_of(params, gpu(kind), gpus, per_node, batch, fixed)
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -130,6 +130,30 @@ def test_a_refusal_gives_the_reason_and_changes_that_fit(case: str) -> None:
         else:
             left = change.removeprefix("leave out ")
             assert choices(asked(preset, gpus, kind, *[word for word in words if word != left]))
+
+
+@pytest.mark.parametrize("case", ["too large", "too large for a small GPU", "a budget"])
+def test_no_smaller_number_of_gpus_would_do_than_the_one_proposed(case: str) -> None:
+    preset, gpus, kind, words = REFUSED[case]
+    found = re.search(r"--gpus (\d+)(?: --global|;|$)", refusal(asked(preset, gpus, kind, *words)).hint)
+    assert found
+    fewer = [*range(gpus, 8), *range(8 * (gpus // 8 + 1), int(found[1]), 8)]
+    assert int(found[1]) not in fewer
+    assert not any(choices(asked(preset, number, kind, *words)) for number in fewer)
+
+
+UNDIVIDED = {
+    "seven nodes": ("ultra-390b", 56, "h100", 0, ["--gpus 64"]),
+    "a small batch": ("gpt2-124m", 64, "h100", 7, ["--global-batch 64", "--gpus 112"]),
+}
+
+
+@pytest.mark.parametrize("case", UNDIVIDED)
+def test_gpus_that_nothing_divides_get_the_nearest_numbers_that_something_does(case: str) -> None:
+    preset, gpus, kind, batch, changes = UNDIVIDED[case]
+    error = refusal(asked(preset, gpus, kind, batch=batch))
+    assert f"no mesh of {gpus} GPUs divides" in error.message
+    assert [change for change in error.hint.split("; or ") if not change.startswith("--gpu ")] == changes
 
 
 def test_a_precision_that_the_gpu_lacks_is_refused() -> None:

@@ -106,6 +106,8 @@ def _misfit(given: dict[str, int], fixed: int, num_ranks: int, rest: bool) -> Co
     """The error for a product that does not fit, with the smallest changes that do."""
     named = {axis: length for axis, length in given.items() if length > 1}
     product = " x ".join(f"{axis} {length}" for axis, length in named.items()) or "1"
+    if len(named) > 1:
+        product += f" = {fixed}"
     how = "does not divide" if rest else "is not"
     changes = []
     for axis, length in named.items():
@@ -119,9 +121,7 @@ def _misfit(given: dict[str, int], fixed: int, num_ranks: int, rest: bool) -> Co
         fixes.append(max(changes)[1])
     if not rest:
         fixes.append("parallel.dp_replicate=-1 where the rest is to see other batches")
-    return ConfigError(
-        f"parallel: {product} = {fixed} {how} the number of ranks, {num_ranks}", "use " + ", or ".join(fixes)
-    )
+    return ConfigError(f"parallel: {product} {how} the number of ranks, {num_ranks}", "use " + ", or ".join(fixes))
 
 
 def check_axes(dims: Dims, device: str, has_experts: bool) -> None:

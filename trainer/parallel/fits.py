@@ -1,4 +1,7 @@
-"""Whether a model can be divided among ranks as section `parallel` says, before any of them is started. Imports no torch."""
+"""Whether a model can be divided among ranks as section `parallel` says, before any of them is started.
+
+Imports no torch, except to see whether this machine has the GPU that an axis needs.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,22 @@ from trainer.parallel.schedule import num_parts, spans
 BLOCKS = ("decoder", "encoder", "vit")
 
 
-def check(params: Params, num_ranks: int) -> Dims:
+def check(params: Params, num_ranks: int, *, here: bool = False) -> Dims:
     """The axes of so many ranks, by which the model can be divided as far as its parameters tell.
+
+    Args:
+        params: the configuration.
+        num_ranks: of all nodes.
+        here: whether this machine is where they will run.
 
     Raises:
         ConfigError: the axes do not fit the ranks, or the model has fewer blocks than stages, or heads or columns that
             `parallel.tp` does not divide.
     """
     dims = resolve(params.parallel, num_ranks)
-    # What is not known here is seen when ranks build the model: whether there is a GPU, and whether it has experts.
-    check_axes(dims, "cpu" if params.train.device == "cpu" else "cuda", has_experts=True)
+    on_cpu = params.train.device == "cpu" or (here and dims.cp > 1 and not _has_gpu())
+    # Whether the model has experts is seen when ranks build it; of another machine also whether it has a GPU.
+    check_axes(dims, "cpu" if on_cpu else "cuda", has_experts=True)
     if dims.pp > 1:
         num_parts(params.parallel)
         config: Any = params.model
@@ -31,6 +40,11 @@ def check(params: Params, num_ranks: int) -> Dims:
     if dims.tp > 1:
         check_heads(params, dims.tp)
     return dims
+
+
+def is_searched(params: Params) -> bool:
+    """Whether the search chooses what `check` judges, so that the trials tell and not the configuration."""
+    return params.tune.enabled and any(key.startswith(("model.", "train.processes")) for key in params.tune.space)
 
 
 def check_heads(params: Params, size: int) -> None:
@@ -53,3 +67,9 @@ def check_heads(params: Params, size: int) -> None:
             f"parallel.tp: {size} does not divide {' and '.join(wrong)}",
             "use a parallel.tp that divides them: each rank takes whole heads, and as many columns of the feed-forward layer",
         )
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
 from trainer.config import Params
@@ -26,6 +27,8 @@ MODES = ("none", "selective", "blocks")
 # What each further axis must gain to be worth its trouble; the figures of a pipeline are also the least certain.
 PER_AXIS = {"dp_replicate": 0.01, "dp_shard": 0.01, "tp": 0.03, "pp": 0.08}
 MOST_GPUS = 2**17
+# So many larger numbers of nodes are tried one by one for what would fit; above them powers of two.
+NODES_TRIED = 128
 
 
 @dataclass(frozen=True)
@@ -222,15 +225,15 @@ def refusal(problem: Problem, tried: Choice | None = None) -> ConfigError:
         return ConfigError(
             f"{name}: no mesh of {problem.gpus} GPUs divides this model and a step of {problem.batch} sequences"
             + (f" with {_spelled(problem.fixed)}" if problem.fixed else ""),
-            "; or ".join(_changes(problem)[:3]) or f"give --global-batch a multiple of {problem.gpus}",
+            "; or ".join(islice(_changes(problem), 3)) or f"give --global-batch a multiple of {problem.gpus}",
         )
     largest = sorted(found.memory.parts.items(), key=lambda item: -item[1])[:3]
     parts = ", ".join(f"{part} {size / GIB:,.1f}" for part, size in largest)
     what = "needs" if tried else "at the least it needs"
-    fixes = ([_nearest(problem, found.layout)] if tried else []) + _changes(problem)
+    fixes = chain([_nearest(problem, found.layout)] if tried else [], _changes(problem))
     return ConfigError(
         f"{name}: {what} {found.memory.total / GIB:,.1f} GiB on each GPU, which has {problem.gpu.memory / GIB:,.1f} ({parts})",
-        "; or ".join([fix for fix in fixes if fix][:3]) or "no number of these GPUs holds this model: make it smaller",
+        "; or ".join(islice(filter(None, fixes), 3)) or "no number of these GPUs holds this model: make it smaller",
     )
 
 
@@ -272,30 +275,38 @@ def _single(problem: Problem, layout: Layout) -> Iterator[Layout]:
         yield replace(layout, offload=True)
 
 
-def _changes(problem: Problem) -> list[str]:
+def _changes(problem: Problem) -> Iterator[str]:
     """Changes of what was asked for with which some layout fits, the smallest first."""
-    found = []
     for key in problem.fixed:
         rest = {other: value for other, value in problem.fixed.items() if other != key}
         if feasible(replace(problem, fixed=rest)):
-            found.append(f"leave out {_spelled({key: problem.fixed[key]})}")
-    larger = sorted((gpu for gpu in GPUS.values() if gpu.memory > problem.gpu.memory), key=lambda gpu: gpu.memory)
-    gpus = problem.gpus
-    while gpus < min(MOST_GPUS, 4096 * problem.gpus):
-        gpus = (
-            2 * gpus
-            if gpus % problem.per_node == 0 or gpus < problem.per_node
-            else -(-gpus // problem.per_node) * problem.per_node
-        )
+            yield f"leave out {_spelled({key: problem.fixed[key]})}"
+    batch = -(-problem.batch // problem.gpus) * problem.gpus
+    other_batch = batch != problem.batch and feasible(replace(problem, batch=batch))
+    if other_batch:
+        yield f"--global-batch {batch}"
+    for gpus in _more_gpus(problem):
         if feasible(replace(problem, gpus=gpus)):
-            found.append(f"--gpus {gpus}")
+            yield f"--gpus {gpus}"
             break
-        if gpus > problem.batch and feasible(replace(problem, gpus=gpus, batch=gpus)):
-            found.append(f"--gpus {gpus} --global-batch {gpus}")
+        if not other_batch and gpus > problem.batch and feasible(replace(problem, gpus=gpus, batch=gpus)):
+            yield f"--gpus {gpus} --global-batch {gpus}"
             break
+    larger = sorted((gpu for gpu in GPUS.values() if gpu.memory > problem.gpu.memory), key=lambda gpu: gpu.memory)
     able = (gpu for gpu in larger if problem.train.precision in (*gpu.flops, "auto"))
     roomier = next((gpu for gpu in able if feasible(replace(problem, gpu=gpu))), None)
-    return [*found, f"--gpu {roomier.name}"] if roomier else found
+    if roomier:
+        yield f"--gpu {roomier.name}"
+
+
+def _more_gpus(problem: Problem) -> Iterator[int]:
+    """Larger numbers of GPUs, growing: those of one node, then whole nodes."""
+    node = problem.per_node
+    yield from range(problem.gpus + 1, node)
+    last = problem.gpus // node + NODES_TRIED
+    yield from (node * nodes for nodes in range(problem.gpus // node + 1, last + 1))
+    powers = (2**power for power in range(last.bit_length(), MOST_GPUS.bit_length()))
+    yield from (node * nodes for nodes in powers if node * nodes <= MOST_GPUS)
 
 
 def _spelled(words: Mapping[str, Any]) -> str:

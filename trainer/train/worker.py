@@ -12,6 +12,7 @@ from trainer import log, plugins, storage
 from trainer.config.load import validate
 from trainer.parallel import made, network, nodes
 from trainer.parallel.agent import die_with
+from trainer.parallel.arrivals import Unanswered
 from trainer.parallel.launch import ARRIVALS, RESULT, SPEC, TRANSIENT, forget_error, read_errors, write_error
 from trainer.stage import Call
 
@@ -31,6 +32,10 @@ def main(place: Path) -> int:
     try:
         train(place, rank)
     except Exception as error:
+        if isinstance(error, Unanswered):
+            # The launcher tells it too, when torchrun has given the ranks that do not end half a minute.
+            behind = ", ".join(map(str, error.last)) or "unknown"
+            log.say(f"{error.message}; farthest behind: rank {behind}; ranks that do not end are killed in 30 s")
         return write_error(place, rank, error)
     return 0
 
