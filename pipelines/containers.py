@@ -44,16 +44,14 @@ def run(overrides: list[str], *, until: str = "") -> int:
         until: a stage; none is started after it.
 
     Raises:
-        ConfigError: an override is wrong, or the model cannot be divided among the ranks; nothing was written.
+        ConfigError: an override is wrong; nothing was written.
         DataError: the raw data is not there; nothing was written.
         MillraceError: no container engine answers, or an image is missing.
     """
     folder = Path()
     project.require(folder)
     project.require_installed("--engine docker", "docker", "kfp")
-    params = load(folder / project.PARAMS, overrides)
-    dvcfile.render(params)  # what is wrong is said before a file is written
-    local.check_ranks(params, until, here=False)
+    dvcfile.render(load(folder / project.PARAMS, overrides))  # what is wrong is said before a file is written
     with project.held(folder), sockets.terminated(), sockets.service() as client:
         words = [*overrides, *local.model_of_new_source(folder, overrides)]
         params = load(folder / project.PARAMS, words)

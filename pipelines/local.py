@@ -22,7 +22,7 @@ from trainer.parallel import fits
 from trainer.registry import Registry
 
 LOG = f"{OUT}/run.log"
-BEFORE_TRAINING = ("raw", "configure", "preprocess")
+BEFORE_TRAINING = {"raw", "preprocess"}
 
 
 def run(overrides: list[str], *, force: bool = False, only: list[str] | None = None) -> int:
@@ -41,7 +41,8 @@ def run(overrides: list[str], *, force: bool = False, only: list[str] | None = N
     project.require(folder)
     params = load(folder / project.PARAMS, overrides)
     dvcfile.render(params)  # what is wrong is said before a file is written
-    check_ranks(params, only[-1] if only else "", here=True)
+    if not (fits.is_searched(params) or set(only or ()) & BEFORE_TRAINING):
+        fits.check(params, params.train.processes, here=True)
     with project.held(folder) as lock:
         return _run(folder, overrides, force, only or [], lock)
 
@@ -78,21 +79,6 @@ def _run(folder: Path, overrides: list[str], force: bool, only: list[str], lock:
     sys.stdout.flush()
     promotion = storage.read_json(folder / OUT / "promotion" / "promotion.json")
     return EXIT_OK if promotion.get("decision") == "promoted" else EXIT_REFUSED
-
-
-def check_ranks(params: Params, until: str, *, here: bool) -> None:
-    """Refuse ranks that cannot divide the model before data is prepared for it, unless the run ends with the data.
-
-    Args:
-        params: the configuration.
-        until: the run's last stage; empty for all.
-        here: whether this machine is the one that trains.
-
-    Raises:
-        ConfigError: as `trainer.parallel.fits.check`.
-    """
-    if until not in BEFORE_TRAINING and not fits.is_searched(params):
-        fits.check(params, params.train.processes, here=here)
 
 
 def _repro(repro: Repro, board: screen.Board) -> int:
