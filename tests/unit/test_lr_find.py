@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -138,6 +140,25 @@ def test_the_page_is_well_formed_and_shows_both_rates():
     none = Found(rates, losses, losses, None, None, False, "adamw", None)
     ElementTree.fromstring(lr_page.plot(none))
     assert "no suggestion" in lr_page.text(none)
+
+
+def test_no_line_of_the_picture_crosses_a_name_and_no_name_is_cut():
+    rates = [1e-6 * 1.4**step for step in range(41)]
+    losses = [3 - step / 25 for step in range(41)]
+    for first, second in itertools.product(rates[1:-1:2], repeat=2):
+        found = Found(rates, losses, losses, first, second, False, "adamw", None)
+        root = ElementTree.fromstring(lr_page.plot(found))
+        lines = [
+            tuple(map(float, re.findall(r"[\d.]+", each.attrib["d"])))
+            for each in root
+            if "mark" in each.attrib.get("class", "")
+        ]
+        for name in (each for each in root if each.attrib.get("class") == "name"):
+            at, high = float(name.attrib["x"]), float(name.attrib["y"])
+            left, right = (at, at + 72) if name.attrib["text-anchor"] == "start" else (at - 72, at)
+            assert left > 0
+            assert right < lr_page.WIDTH
+            assert not any(left < x < right and top < high - 2 for x, top, _ in lines), (first, second)
 
 
 def test_the_command_leaves_its_page_and_nothing_else(dataset, tmp_path, monkeypatch, capsys):

@@ -47,11 +47,11 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], x_name: str, labe
         return px, TOP + (HEIGHT - TOP - BOTTOM) * (1 - (y - y_low) / (y_high - y_low))
 
     parts = []
-    for tick in _ticks(y_low, y_high):
+    for tick in ticks(y_low, y_high):
         _, py = at(x_low, tick)
         parts.append(f'<path class="grid" d="M{LEFT} {py:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(_text(LEFT - 6, py + 4, _short(tick), "end", "muted"))
-    for tick in _ticks(x_low, x_high):
+    for tick in ticks(x_low, x_high):
         px, _ = at(tick, y_low)
         parts.append(_text(px, HEIGHT - BOTTOM + 16, _short(tick), "middle", "muted"))
     parts.append(_text(WIDTH - RIGHT, HEIGHT - 3, x_name, "end", "muted"))
@@ -126,7 +126,7 @@ def differences(rows: Sequence[tuple[str, Mapping[str, float]]], unit: str, scal
 
     height = row * len(rows) + 30
     parts = []
-    for tick in _ticks(low, high):
+    for tick in ticks(low, high):
         parts.append(f'<path class="grid" d="M{at(tick):.1f} 4V{height - 26}"/>')
         parts.append(_text(at(tick), height - 10, _short(tick), "middle", "muted"))
     parts.append(f'<path class="zero" d="M{at(0):.1f} 4V{height - 26}"/>')
@@ -230,7 +230,7 @@ def _span(values: Sequence[float], pad: float = 0.05) -> tuple[float, float]:
     return low - pad * (high - low), high + pad * (high - low)
 
 
-def _ticks(low: float, high: float, most: int = 5) -> list[float]:
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """At most `most` + 1 round numbers between two ends."""
     raw = (high - low) / most
     power = 10 ** math.floor(math.log10(raw))

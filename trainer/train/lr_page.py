@@ -6,10 +6,13 @@ import html
 import math
 from collections.abc import Callable
 
+from trainer.evaluate.charts import ticks
 from trainer.train.lr_find import Found
 
 WIDTH, HEIGHT = 440, 274
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 44, 40
+# Width of the longest name of a suggestion.
+NAME = 80
 # Rows of the tables.
 ROWS = 12
 
@@ -135,9 +138,9 @@ def _axes(
     left: float, right: float, low: float, high: float, x: Callable[[float], float], y: Callable[[float], float]
 ) -> str:
     parts = []
-    for loss in (low + (high - low) * share for share in (0.05, 0.35, 0.65, 0.95)):
+    for loss in ticks(low, high):
         parts.append(f'<path class="axis" d="M{LEFT} {y(loss):.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(_text(LEFT - 6, y(loss) + 4, f"{loss:.3g}", "end", "muted"))
+        parts.append(_text(LEFT - 6, y(loss) + 4, f"{loss:.4g}", "end", "muted"))
     decades = [10.0**power for power in range(math.ceil(left - 1e-9), math.floor(right + 1e-9) + 1)]
     for rate in decades[:: max(1, len(decades) // 7)]:
         parts.append(f'<path class="axis" d="M{x(rate):.1f} {HEIGHT - BOTTOM}v4"/>')
@@ -147,12 +150,17 @@ def _axes(
 
 
 def _marks(found: Found, x: Callable[[float], float], y: Callable[[float], float]) -> str:
-    """A line and a name for each suggestion; the names one above the other, on the side that has room."""
+    """A line and a name for each suggestion; the names one above the other, on the side that has room.
+
+    The line that reaches up to the higher name is the one that does not cross the lower name.
+    """
     assert found.steepest is not None
     assert found.tenth is not None
+    marks = sorted([(found.steepest, "steepest", ""), (found.tenth, "lowest / 10", " tenth")])
+    is_room = (x(marks[0][0]) - NAME > LEFT, x(marks[1][0]) + NAME < WIDTH - RIGHT)
+    sides, rises = ((True, True), (24, 10)) if is_room[1] else ((not is_room[0], False), (10, 24))
     parts = []
-    for rate, name, kind, rise in ((found.steepest, "steepest", "", 24), (found.tenth, "lowest / 10", " tenth", 10)):
-        right = x(rate) < WIDTH / 2
+    for (rate, name, kind), right, rise in zip(marks, sides, rises, strict=True):
         parts.append(f'<path class="mark{kind}" d="M{x(rate):.1f} {TOP - rise + 4}V{HEIGHT - BOTTOM}"/>')
         parts.append(_text(x(rate) + (4 if right else -4), TOP - rise, name, "start" if right else "end", "name"))
     place = found.rates.index(found.steepest)
