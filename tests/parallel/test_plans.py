@@ -71,14 +71,25 @@ def cases() -> list[Case]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return run_cases(tmp_path_factory.mktemp("plans"), cases())
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("plans")
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    return run_cases(folder, cases())
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_the_losses_of_a_plan_are_those_of_one_process(results, name):
     assert len(numbers(results["one"])) == 12
     assert_equal(results[name], results["one"])
+
+
+def test_ranks_say_nothing_of_what_is_inside_of_torch(results, folder):
+    logs = {path.name: path.read_text() for path in folder.glob("log-*.txt")}
+    assert len(logs) == 4
+    assert not {name: said for name, said in logs.items() if "Warning" in said or "torch/" in said}
 
 
 @pytest.mark.parametrize("name", PLANS)

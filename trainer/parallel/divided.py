@@ -13,6 +13,8 @@ weights, gradients and the optimizer's state are always divided. The stages diff
 from __future__ import annotations
 
 import copy
+import logging
+import warnings
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
@@ -111,6 +113,8 @@ class Divided(Plan):
         """FSDP2 on each block, then on the rest."""
         axes = ("dp_replicate", "dp_shard") if self.dims.dp_replicate > 1 else ("dp_shard",)
         mesh, reshard = self.mesh[axes], self.dims.zero == 3
+        if self.dims.tp > 1:
+            _leave_out_warnings()
         ignored = self.shares.parameters(model) if self.shares else None
         for block in getattr(model, "blocks", ()):
             if block is not None:
@@ -279,3 +283,11 @@ def part_of(whole: Tensor, value: Tensor) -> Tensor:
 
 def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _leave_out_warnings() -> None:
+    """Keep from users what torch warns of where zero and tp divide the same weights."""
+    # What a block returns may be a view. It is read only: families with a plan for tp are our own.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
+    # Such weights are gathered along one axis after the other. Nothing is reduced there, so no rank gets other values.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)

@@ -222,7 +222,9 @@ def report(speeds: Mapping[Pair, float], names: Sequence[Name]) -> list[str]:
         return []
     slow_ranks, slow_pairs = slow(speeds, names)
     nodes = len({name.node for name in names})
-    lines = [f"preflight: {len(names)} ranks on {nodes} nodes; GB/s between two, each way, slowest first:"]
+    lines = [
+        f"preflight: {len(names)} ranks on {nodes} node{'s' * (nodes > 1)}; GB/s between two, each way, slowest first:"
+    ]
     order = sorted(speeds, key=lambda pair: speeds[pair])
     shown = order if len(names) <= ALL_PAIRS else order[:LINES]
     for one, other in shown:
