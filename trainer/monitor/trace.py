@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,9 @@ class Tracer:
             self._failed(error)
 
     def _begin(self) -> None:
+        if not torch.cuda.is_available():
+            # Else Kineto says on stderr, as an error, that there is no GPU. Where there is one, its errors matter.
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         try:
             profiler = torch.profiler.profile()
             profiler.start()
