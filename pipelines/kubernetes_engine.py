@@ -51,7 +51,7 @@ def run(args: Namespace) -> int:
     project.require_installed("--engine kubernetes", "kubernetes")
     until = args.until or ""
     if not asked:
-        params = _settings(args.overrides)  # what is wrong is said before the cluster is asked
+        params = _settings(args.overrides, until)  # what is wrong is said before the cluster is asked
     api = Api.connect(args.namespace or "")
     if args.runs:
         return _list(api)
@@ -79,11 +79,13 @@ def _words(api: Api, args: Namespace) -> str:
     return f"{COMMAND} --namespace {api.namespace}" if args.namespace else COMMAND
 
 
-def _settings(overrides: list[str]) -> Params:
+def _settings(overrides: list[str], until: str) -> Params:
     """params.yaml with overrides, written there as by the other engines, as a run in pods takes it."""
     folder = Path()
     project.require(folder)
-    chain_plan.settled(load(folder / project.PARAMS, overrides))
+    params = chain_plan.settled(load(folder / project.PARAMS, overrides))
+    job = params.cluster.job
+    local.check_ranks(params, until, nodes=1 if job.train == "pod" else job.nodes)
     with project.held(folder):
         words = [*overrides, *local.model_of_new_source(folder, overrides)]
         params = chain_plan.settled(load(folder / project.PARAMS, words))

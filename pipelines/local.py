@@ -22,7 +22,7 @@ from trainer.parallel import fits
 from trainer.registry import Registry
 
 LOG = f"{OUT}/run.log"
-BEFORE_TRAINING = {"raw", "preprocess"}
+BEFORE_TRAINING = ("raw", "preprocess", "tune")
 
 
 def run(overrides: list[str], *, force: bool = False, only: list[str] | None = None) -> int:
@@ -41,8 +41,7 @@ def run(overrides: list[str], *, force: bool = False, only: list[str] | None = N
     project.require(folder)
     params = load(folder / project.PARAMS, overrides)
     dvcfile.render(params)  # what is wrong is said before a file is written
-    if not (fits.is_searched(params) or set(only or ()) & BEFORE_TRAINING):
-        fits.check(params, params.train.processes, here=True)
+    check_ranks(params, only[-1] if only else "")
     with project.held(folder) as lock:
         return _run(folder, overrides, force, only or [], lock)
 
@@ -79,6 +78,21 @@ def _run(folder: Path, overrides: list[str], force: bool, only: list[str], lock:
     sys.stdout.flush()
     promotion = storage.read_json(folder / OUT / "promotion" / "promotion.json")
     return EXIT_OK if promotion.get("decision") == "promoted" else EXIT_REFUSED
+
+
+def check_ranks(params: Params, until: str, nodes: int = 1) -> None:
+    """Refuse ranks that cannot divide the model before data is prepared for it, unless the run ends before training.
+
+    Args:
+        params: the configuration.
+        until: the run's last stage; empty for all.
+        nodes: that train together.
+
+    Raises:
+        ConfigError: as `trainer.parallel.fits.check_ahead`.
+    """
+    if until not in BEFORE_TRAINING:
+        fits.check_ahead(params, params.train.processes * nodes)
 
 
 def _repro(repro: Repro, board: screen.Board) -> int:

@@ -27,7 +27,6 @@ from trainer.config.text import parse_yaml
 from trainer.config.words import split_words
 from trainer.data.naming import model_name
 from trainer.errors import EXIT_OK, ConfigError, redact
-from trainer.parallel import fits
 from trainer.registry import Registry
 from trainer.views.markdown import code, prose, table
 
@@ -114,8 +113,6 @@ def make(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Plan:
         warnings.append("cluster: what the run form says of it is not used: the pipeline was compiled with its own")
     params = params.model_copy(update={"cluster": cluster})
     nodes = _nodes(values, cluster)
-    if not fits.is_searched(params):
-        fits.check(params, params.train.processes * nodes)
     _check_store(store, params)
     registry = params.promote.registry
     if not storage.is_remote(registry) and not _is_kept(storage.local_path(registry)):

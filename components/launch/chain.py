@@ -162,12 +162,8 @@ def _end(code: int, text: str) -> int:
 
 def configure(params: Params, root: str, only_if_new: bool) -> Step:
     """The first step: the store, the data and the registry are looked at by the image and the account that will read them."""
-    tree, job = params.model_dump(mode="json"), params.cluster.job
-    cluster = tree.pop("cluster")
-    values = {
-        "params": json.dumps(tree), "cluster_params": json.dumps(cluster), "store": root, "only_if_new": only_if_new,
-        "nodes": 1 if job.train == "pod" else job.nodes,
-    }  # fmt: skip
+    tree = params.model_dump(mode="json", exclude={"cluster"})  # checked here, where it is used
+    values = {"params": json.dumps(tree), "store": root, "only_if_new": only_if_new}
     given = {"inputs": {"parameterValues": values}, "outputs": {"outputFile": "executor_output.json"}}
     return Step(CONFIGURE, (CONFIGURE, "--executor-input", json.dumps(given)), {}, {CONFIGURE: f"{root}/{CONFIGURE}"})
 

@@ -197,8 +197,8 @@ def stage(
     )
     if not task.accelerated:
         return spec
-    if task_name == "train" and not fits.is_searched(params):
-        fits.check(params, params.train.processes * nodes)
+    if task_name == "train":
+        fits.check_ahead(params, params.train.processes * nodes)
     if cluster.accelerator in job.devices:
         message = f"cluster.job.devices: {cluster.accelerator} is what cluster.gpus_per_node counts"
         raise ConfigError(message, "name it in one place: cluster.gpus_per_node")

@@ -107,11 +107,6 @@ WRONG = {
     "a truth for a number": ({"trials": True}, "parameter trials"),
     "no node": ({"nodes": 0}, "parameter nodes"),
     "nodes": ({"nodes": 2}, "cluster.job.train=pytorchjob"),
-    "ranks": ({"overrides": "parallel.tp=2"}, "parallel: tp 2 does not divide the number of ranks, 1"),
-    "ranks of several nodes": (
-        {"nodes": 3, "cluster_params": '{"job": {"train": "pytorchjob"}}', "store": "memory://runs", "gpus_per_node": 2,
-         "overrides": "parallel.tp=4"}, "parallel: tp 4 does not divide the number of ranks, 6",
-    ),
     "a cluster of another schema": ({"cluster_params": '{"jobs": {}}'}, "cluster.job"),
     "a cluster that is none": ({"cluster_params": "[1]"}, "parameter cluster_params"),
 }  # fmt: skip

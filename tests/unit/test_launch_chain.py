@@ -177,9 +177,7 @@ def test_nothing_new_ends_early(tmp_path, capsys):
 def test_configure_understands_what_the_coordinator_asks_it(tmp_path, capsys):
     from trainer import configure
 
-    source, job = str(tmp_path / "mnt/rows.csv"), {"train": "pytorchjob", "nodes": 3}
-    sections = {"data": {"source": source}, "promote": {"registry": "registry"}, "cluster": {"job": job}}
-    params = params_at(tmp_path, **sections, parallel={"dp_replicate": 3})  # which would be wrong on one node
+    params = params_at(tmp_path, data={"source": str(tmp_path / "mnt/rows.csv")}, promote={"registry": "registry"})
     (tmp_path / "mnt").mkdir()
     (tmp_path / "mnt/rows.csv").write_text("text,label\na,x\n", encoding="utf-8")
     step = chain.configure(params, chain_plan.root(params, "r1"), only_if_new=True)

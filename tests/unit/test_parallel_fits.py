@@ -7,6 +7,7 @@ import json
 import pytest
 
 from components.launch import spec
+from pipelines import local
 from trainer.artifacts import manifest
 from trainer.config.load import load
 from trainer.errors import ConfigError
@@ -38,6 +39,8 @@ REFUSED = {
     "context on a CPU": ([*DECODER, "parallel.cp=2", "train.device=cpu"], 2, "for GPUs", "parallel.cp=1"),
 }  # fmt: skip
 
+OF_RANKS = ("axes", "experts beside matrices", "context on a CPU")
+
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_no_rank_is_started_for_what_cannot_be(name, tmp_path):
@@ -58,8 +61,27 @@ def test_no_job_is_made_for_what_cannot_be(name):
     with pytest.raises(ConfigError) as caught:
         spec.stage(load(None, words), "train", **given)
     assert message in caught.value.message
-    # A search may yet find a model that fits.
-    spec.stage(load(None, [*words, "tune.space={model.dropout: {low: 0.0, high: 0.5}}"]), "train", **given)
+    # A search may yet find a model that fits, if it looks for one; it finds no other number of ranks.
+    elsewhere = load(None, [*words, "tune.space={model.dropout: {low: 0.0, high: 0.5}}"])
+    with pytest.raises(ConfigError):
+        spec.stage(elsewhere, "train", **given)
+    family = load(None, words).model.name
+    searched = load(None, [*words, f"tune.space={{model.name: {{type: categorical, choices: [{family}]}}}}"])
+    if name in OF_RANKS:
+        with pytest.raises(ConfigError):
+            spec.stage(searched, "train", **given)
+    else:
+        spec.stage(searched, "train", **given)
+
+
+def test_a_run_is_refused_before_its_data_is_prepared_unless_it_ends_there():
+    params = load(None, ["parallel.dp_replicate=2"])
+    for until in ("raw", "preprocess", "tune"):
+        local.check_ranks(params, until)
+    for until in ("train", "evaluate", ""):
+        with pytest.raises(ConfigError, match="not the number of ranks, 1"):
+            local.check_ranks(params, until)
+    local.check_ranks(params, "", nodes=2)
 
 
 def test_it_is_the_model_of_the_search_that_counts(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from trainer.errors import ConfigError
 from trainer.parallel.dims import resolve
 from trainer.parallel.gpus import GPUS, gpu
 from trainer.planner.layout import configured, global_batch
-from trainer.planner.search import choices, fits, problem_of, refusal
+from trainer.planner.search import _changes, choices, fits, problem_of, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = [name for name in presets.names() if presets.needs_gpus(name)]
@@ -132,14 +132,22 @@ def test_a_refusal_gives_the_reason_and_changes_that_fit(case: str) -> None:
             assert choices(asked(preset, gpus, kind, *[word for word in words if word != left]))
 
 
-@pytest.mark.parametrize("case", ["too large", "too large for a small GPU", "a budget"])
+FEWEST = {name: REFUSED[name] for name in ("too large", "too large for a small GPU", "a budget")}
+
+
+@pytest.mark.parametrize("case", [*FEWEST, "within a node"])
 def test_no_smaller_number_of_gpus_would_do_than_the_one_proposed(case: str) -> None:
-    preset, gpus, kind, words = REFUSED[case]
+    preset, gpus, kind, words = FEWEST.get(case, ("llama-8b", 1, "h100", []))
     found = re.search(r"--gpus (\d+)(?: --global|;|$)", refusal(asked(preset, gpus, kind, *words)).hint)
     assert found
-    fewer = [*range(gpus, 8), *range(8 * (gpus // 8 + 1), int(found[1]), 8)]
-    assert int(found[1]) not in fewer
+    fewer = [number for number in range(gpus, int(found[1])) if number < 8 or number % 8 == 0]
     assert not any(choices(asked(preset, number, kind, *words)) for number in fewer)
+
+
+def test_many_more_gpus_are_sought_in_doublings() -> None:
+    # 1,536 are 192 nodes: a pipeline of 3 stages goes on fitting 3,072, and no power of two.
+    words = ["parallel.pp=3", "parallel.tp=1", "parallel.zero=3", "train.memory_gb=123.51"]
+    assert "--gpus 3072" in [*_changes(asked("ultra-390b", 1536, "b200", *words, batch=9216))]
 
 
 UNDIVIDED = {

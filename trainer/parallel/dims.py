@@ -105,9 +105,9 @@ def resolve(parallel: Parallel, num_ranks: int) -> Dims:
 def _misfit(given: dict[str, int], fixed: int, num_ranks: int, rest: bool) -> ConfigError:
     """The error for a product that does not fit, with the smallest changes that do."""
     named = {axis: length for axis, length in given.items() if length > 1}
-    product = " x ".join(f"{axis} {length}" for axis, length in named.items()) or "1"
-    if len(named) > 1:
-        product += f" = {fixed}"
+    product = " x ".join(f"{axis} {length}" for axis, length in named.items())
+    if len(named) != 1:
+        product = f"{product} = {fixed}" if named else "every axis is 1, which"
     how = "does not divide" if rest else "is not"
     changes = []
     for axis, length in named.items():
@@ -116,7 +116,7 @@ def _misfit(given: dict[str, int], fixed: int, num_ranks: int, rest: bool) -> Co
                 changes.append((smaller / length, f"parallel.{axis}={smaller}"))
                 break
     more = math.ceil(num_ranks / fixed) * fixed if rest else fixed
-    fixes = [f"{more} ranks (train.processes={more} on one node)"]
+    fixes = [f"{more} rank{'s' * (more > 1)} (train.processes={more} on one node)"]
     if changes:
         fixes.append(max(changes)[1])
     if not rest:

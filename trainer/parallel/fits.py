@@ -14,6 +14,8 @@ from trainer.parallel.schedule import num_parts, spans
 
 # Families that `trainer.parallel.tensor` has a plan for; each is a stack of `model.layers` like blocks.
 BLOCKS = ("decoder", "encoder", "vit")
+# What decides whether pipelines and tensor parallel can divide it.
+SHAPE = {"model.name", "model.layers", "model.heads", "model.kv_heads", "model.ff"}
 
 
 def check(params: Params, num_ranks: int, *, here: bool = False) -> Dims:
@@ -28,10 +30,34 @@ def check(params: Params, num_ranks: int, *, here: bool = False) -> Dims:
         ConfigError: the axes do not fit the ranks, or the model has fewer blocks than stages, or heads or columns that
             `parallel.tp` does not divide.
     """
+    dims = _axes(params, num_ranks, here)
+    _check_model(params, dims)
+    return dims
+
+
+def check_ahead(params: Params, num_ranks: int) -> None:
+    """As `check`, before the search has been: what it chooses is not judged.
+
+    Raises:
+        ConfigError: as `check`.
+    """
+    searched = set(params.tune.space) if params.tune.enabled else set()
+    if "train.processes" in searched:
+        return
+    dims = _axes(params, num_ranks, here=False)
+    if not searched & SHAPE:
+        _check_model(params, dims)
+
+
+def _axes(params: Params, num_ranks: int, here: bool) -> Dims:
     dims = resolve(params.parallel, num_ranks)
     on_cpu = params.train.device == "cpu" or (here and dims.cp > 1 and not _has_gpu())
     # Whether the model has experts is seen when ranks build it; of another machine also whether it has a GPU.
     check_axes(dims, "cpu" if on_cpu else "cuda", has_experts=True)
+    return dims
+
+
+def _check_model(params: Params, dims: Dims) -> None:
     if dims.pp > 1:
         num_parts(params.parallel)
         config: Any = params.model
@@ -39,12 +65,6 @@ def check(params: Params, num_ranks: int, *, here: bool = False) -> Dims:
             spans(params.parallel, config.layers)
     if dims.tp > 1:
         check_heads(params, dims.tp)
-    return dims
-
-
-def is_searched(params: Params) -> bool:
-    """Whether the search chooses what `check` judges, so that the trials tell and not the configuration."""
-    return params.tune.enabled and any(key.startswith(("model.", "train.processes")) for key in params.tune.space)
 
 
 def check_heads(params: Params, size: int) -> None:

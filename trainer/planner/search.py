@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 from trainer.config import Params
@@ -27,8 +27,9 @@ MODES = ("none", "selective", "blocks")
 # What each further axis must gain to be worth its trouble; the figures of a pipeline are also the least certain.
 PER_AXIS = {"dp_replicate": 0.01, "dp_shard": 0.01, "tp": 0.03, "pp": 0.08}
 MOST_GPUS = 2**17
-# So many larger numbers of nodes are tried one by one for what would fit; above them powers of two.
-NODES_TRIED = 128
+# So many larger numbers of nodes are tried one by one for what would fit; above them powers of two, and doublings.
+TRIED = 128
+NONE = "no number of these GPUs holds this model: make it smaller"
 
 
 @dataclass(frozen=True)
@@ -225,16 +226,26 @@ def refusal(problem: Problem, tried: Choice | None = None) -> ConfigError:
         return ConfigError(
             f"{name}: no mesh of {problem.gpus} GPUs divides this model and a step of {problem.batch} sequences"
             + (f" with {_spelled(problem.fixed)}" if problem.fixed else ""),
-            "; or ".join(islice(_changes(problem), 3)) or f"give --global-batch a multiple of {problem.gpus}",
+            "; or ".join(islice(_changes(problem), 3)) or NONE,
         )
     largest = sorted(found.memory.parts.items(), key=lambda item: -item[1])[:3]
     parts = ", ".join(f"{part} {size / GIB:,.1f}" for part, size in largest)
     what = "needs" if tried else "at the least it needs"
-    fixes = chain([_nearest(problem, found.layout)] if tried else [], _changes(problem))
+    fixes = _nearest_changes(problem, tried) if tried else _changes(problem)
     return ConfigError(
         f"{name}: {what} {found.memory.total / GIB:,.1f} GiB on each GPU, which has {problem.gpu.memory / GIB:,.1f} ({parts})",
-        "; or ".join(islice(filter(None, fixes), 3)) or "no number of these GPUs holds this model: make it smaller",
+        "; or ".join(islice(fixes, 3)) or NONE,
     )
+
+
+def _nearest_changes(problem: Problem, tried: Choice) -> Iterator[str]:
+    """Changes with which a layout that was asked for fits, or one near it, or any."""
+    if nearest := _nearest(problem, tried.layout):
+        yield nearest
+    roomier = (gpu for gpu in _larger(problem) if fits(replace(problem, gpu=gpu), tried.memory))
+    yield from (f"--gpu {gpu.name}" for gpu in islice(roomier, 1))
+    if feasible(replace(problem, fixed={})):
+        yield "leave out --check and the keys of the mesh: another one fits"
 
 
 def _nearest(problem: Problem, layout: Layout) -> str:
@@ -292,21 +303,24 @@ def _changes(problem: Problem) -> Iterator[str]:
         if not other_batch and gpus > problem.batch and feasible(replace(problem, gpus=gpus, batch=gpus)):
             yield f"--gpus {gpus} --global-batch {gpus}"
             break
-    larger = sorted((gpu for gpu in GPUS.values() if gpu.memory > problem.gpu.memory), key=lambda gpu: gpu.memory)
-    able = (gpu for gpu in larger if problem.train.precision in (*gpu.flops, "auto"))
-    roomier = next((gpu for gpu in able if feasible(replace(problem, gpu=gpu))), None)
-    if roomier:
-        yield f"--gpu {roomier.name}"
+    roomier = (gpu for gpu in _larger(problem) if feasible(replace(problem, gpu=gpu)))
+    yield from (f"--gpu {gpu.name}" for gpu in islice(roomier, 1))
+
+
+def _larger(problem: Problem) -> list[Gpu]:
+    """Kinds of GPU with more memory that compute in the precision asked for, the smallest first."""
+    able = (gpu for gpu in GPUS.values() if problem.train.precision in (*gpu.flops, "auto"))
+    return sorted((gpu for gpu in able if gpu.memory > problem.gpu.memory), key=lambda gpu: gpu.memory)
 
 
 def _more_gpus(problem: Problem) -> Iterator[int]:
     """Larger numbers of GPUs, growing: those of one node, then whole nodes."""
-    node = problem.per_node
-    yield from range(problem.gpus + 1, node)
-    last = problem.gpus // node + NODES_TRIED
-    yield from (node * nodes for nodes in range(problem.gpus // node + 1, last + 1))
-    powers = (2**power for power in range(last.bit_length(), MOST_GPUS.bit_length()))
-    yield from (node * nodes for nodes in powers if node * nodes <= MOST_GPUS)
+    node, nodes = problem.per_node, problem.gpus // problem.per_node
+    yield from range(problem.gpus + 1, min(node, problem.gpus + TRIED))
+    last = nodes + TRIED
+    yield from (node * number for number in range(nodes + 1, last + 1))
+    doubled = {start * 2**power for start in (1, nodes) for power in range(MOST_GPUS.bit_length())}
+    yield from (node * number for number in sorted(doubled) if last < number <= MOST_GPUS // node)
 
 
 def _spelled(words: Mapping[str, Any]) -> str:

@@ -32,12 +32,17 @@ def main(place: Path) -> int:
     try:
         train(place, rank)
     except Exception as error:
-        if isinstance(error, Unanswered):
-            # The launcher tells it too, when torchrun has given the ranks that do not end half a minute.
-            behind = ", ".join(map(str, error.last)) or "unknown"
-            log.say(f"{error.message}; farthest behind: rank {behind}; ranks that do not end are killed in 30 s")
+        if isinstance(error, Unanswered) and error.last and rank == _speaker(error.last):
+            # The launcher tells it only when torchrun has given the ranks that do not end half a minute.
+            names = " and ".join(f"rank {each}" for each in error.last)
+            print(f"{error.message}; it waited for {names}", file=sys.stderr, flush=True)
         return write_error(place, rank, error)
     return 0
+
+
+def _speaker(last: list[int]) -> int:
+    """The first rank that is not itself waited for."""
+    return next(rank for rank in range(len(last) + 1) if rank not in last)
 
 
 def train(place: Path, rank: int) -> None:
