@@ -195,6 +195,13 @@ def test_a_layout_as_configured_is_checked_and_the_smallest_change_named(capsys:
     assert "train." in fix[1]
     code, out, _ = run(capsys, *words, "train.batch_size=4", "train.recompute.mode=none", *fix[1].split())
     assert code == 0
+    # Copies of the whole model never fit, however many: then it is another mesh, here or on more GPUs.
+    words = ["--preset", "llama-8b", "--gpu", "h100", "--check", "parallel.zero=0", "parallel.dp_shard=1"]
+    leave = "leave out --check and the keys of the mesh"
+    _, _, error = run(capsys, *words, "--gpus", "8")
+    assert f"{leave}: another one fits" in error
+    _, _, error = run(capsys, *words, "--gpus", "2")
+    assert f"{leave}, and give --gpus 4" in error
 
 
 def test_days_and_cost_follow_from_tokens_and_price(capsys: pytest.CaptureFixture[str]) -> None:

@@ -244,8 +244,11 @@ def _nearest_changes(problem: Problem, tried: Choice) -> Iterator[str]:
         yield nearest
     roomier = (gpu for gpu in _larger(problem) if fits(replace(problem, gpu=gpu), tried.memory))
     yield from (f"--gpu {gpu.name}" for gpu in islice(roomier, 1))
-    if feasible(replace(problem, fixed={})):
-        yield "leave out --check and the keys of the mesh: another one fits"
+    free, leave = replace(problem, fixed={}), "leave out --check and the keys of the mesh"
+    if feasible(free):
+        yield f"{leave}: another one fits"
+    else:
+        yield from (f"{leave}, and give {change}" for change in _changes(free))
 
 
 def _nearest(problem: Problem, layout: Layout) -> str:
