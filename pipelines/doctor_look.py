@@ -91,7 +91,7 @@ class Look:
 
     def job(self) -> JobSpec:
         """The job that params.yaml asks for; one pod if training runs in the step's own."""
-        nodes = 1 if self.params.cluster.job.train == "pod" else None
+        nodes = self.params.cluster.job.training_nodes
         words = (
             "train",
             "--params",

@@ -84,8 +84,7 @@ def _settings(overrides: list[str], until: str) -> Params:
     folder = Path()
     project.require(folder)
     params = chain_plan.settled(load(folder / project.PARAMS, overrides))
-    job = params.cluster.job
-    local.check_ranks(params, until, nodes=1 if job.train == "pod" else job.nodes)
+    local.check_ranks(params, until, nodes=params.cluster.job.training_nodes)
     with project.held(folder):
         words = [*overrides, *local.model_of_new_source(folder, overrides)]
         params = chain_plan.settled(load(folder / project.PARAMS, words))

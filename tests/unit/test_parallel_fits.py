@@ -53,6 +53,16 @@ def test_no_rank_is_started_for_what_cannot_be(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_of_ranks_here_it_is_known_whether_there_is_a_gpu(monkeypatch):
+    params = load(None, [*DECODER, "parallel.cp=2", "distill.enabled=false"])
+    fits.check_ahead(params, 2)
+    monkeypatch.setattr(fits, "_has_gpu", lambda: False)
+    with pytest.raises(ConfigError, match="for GPUs"):
+        fits.check(params, 2)
+    monkeypatch.setattr(fits, "_has_gpu", lambda: True)
+    assert fits.check(params, 2).cp == 2
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_no_job_is_made_for_what_cannot_be(name):
     words, ranks, message, _ = REFUSED[name]

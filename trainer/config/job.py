@@ -99,6 +99,11 @@ class Job(Section):
         return self
 
     @property
+    def training_nodes(self) -> int:
+        """Pods that train together: one where the step's own pod trains."""
+        return 1 if self.train == "pod" else self.nodes
+
+    @property
     def launched(self) -> tuple[str, ...]:
         """Stages whose work is a job of the cluster, not that of the step's own pod."""
         return tuple(name for name, how in (("tune", self.tune), ("train", self.train)) if how != "pod")

@@ -18,25 +18,22 @@ BLOCKS = ("decoder", "encoder", "vit")
 SHAPE = {"model.name", "model.layers", "model.heads", "model.kv_heads", "model.ff"}
 
 
-def check(params: Params, num_ranks: int, *, here: bool = False) -> Dims:
-    """The axes of so many ranks, by which the model can be divided as far as its parameters tell.
-
-    Args:
-        params: the configuration.
-        num_ranks: of all nodes.
-        here: whether this machine is where they will run.
+def check(params: Params, num_ranks: int) -> Dims:
+    """The axes of so many ranks, this machine's among them, by which the model can be divided as far as it is known.
 
     Raises:
         ConfigError: the axes do not fit the ranks, or the model has fewer blocks than stages, or heads or columns that
             `parallel.tp` does not divide.
     """
-    dims = _axes(params, num_ranks, here)
+    dims = _axes(params, num_ranks)
+    if dims.cp > 1 and not _has_gpu():
+        check_axes(dims, "cpu", has_experts=True)
     _check_model(params, dims)
     return dims
 
 
 def check_ahead(params: Params, num_ranks: int) -> None:
-    """As `check`, before the search has been: what it chooses is not judged.
+    """As `check`, before the search has been, of ranks elsewhere: neither what it chooses nor a GPU is judged.
 
     Raises:
         ConfigError: as `check`.
@@ -44,16 +41,15 @@ def check_ahead(params: Params, num_ranks: int) -> None:
     searched = set(params.tune.space) if params.tune.enabled else set()
     if "train.processes" in searched:
         return
-    dims = _axes(params, num_ranks, here=False)
+    dims = _axes(params, num_ranks)
     if not searched & SHAPE:
         _check_model(params, dims)
 
 
-def _axes(params: Params, num_ranks: int, here: bool) -> Dims:
+def _axes(params: Params, num_ranks: int) -> Dims:
     dims = resolve(params.parallel, num_ranks)
-    on_cpu = params.train.device == "cpu" or (here and dims.cp > 1 and not _has_gpu())
-    # Whether the model has experts is seen when ranks build it; of another machine also whether it has a GPU.
-    check_axes(dims, "cpu" if on_cpu else "cuda", has_experts=True)
+    # Whether the model has experts is seen when ranks build it.
+    check_axes(dims, "cpu" if params.train.device == "cpu" else "cuda", has_experts=True)
     return dims
 
 

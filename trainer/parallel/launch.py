@@ -59,7 +59,7 @@ def launch(call: Call, target: str = "trainer.train.produce:train") -> Result:
         RankFailed: a rank was killed, hung, or met an unexpected error, more often than `parallel.max_restarts` allows.
     """
     node = nodes.here()
-    fits.check(call.params, call.params.train.processes * node.count, here=True)
+    fits.check(call.params, call.params.train.processes * node.count)
     if node.count == 1:
         place = call.scratch / "ranks"
         storage.remove(place)

@@ -7,7 +7,7 @@ tokens per second; of two that are within a few per cent of each other, the one 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -242,8 +242,7 @@ def _nearest_changes(problem: Problem, tried: Choice) -> Iterator[str]:
     """Changes with which a layout that was asked for fits, or one near it, or any."""
     if nearest := _nearest(problem, tried.layout):
         yield nearest
-    roomier = (gpu for gpu in _larger(problem) if fits(replace(problem, gpu=gpu), tried.memory))
-    yield from (f"--gpu {gpu.name}" for gpu in islice(roomier, 1))
+    yield from _roomier(problem, lambda other: fits(other, tried.memory))
     free, leave = replace(problem, fixed={}), "leave out --check and the keys of the mesh"
     if feasible(free):
         yield f"{leave}: another one fits"
@@ -306,14 +305,14 @@ def _changes(problem: Problem) -> Iterator[str]:
         if not other_batch and gpus > problem.batch and feasible(replace(problem, gpus=gpus, batch=gpus)):
             yield f"--gpus {gpus} --global-batch {gpus}"
             break
-    roomier = (gpu for gpu in _larger(problem) if feasible(replace(problem, gpu=gpu)))
-    yield from (f"--gpu {gpu.name}" for gpu in islice(roomier, 1))
+    yield from _roomier(problem, feasible)
 
 
-def _larger(problem: Problem) -> list[Gpu]:
-    """Kinds of GPU with more memory that compute in the precision asked for, the smallest first."""
+def _roomier(problem: Problem, suits: Callable[[Problem], bool]) -> Iterator[str]:
+    """The smallest kind of GPU with more memory that suits and computes in the precision asked for, if there is one."""
     able = (gpu for gpu in GPUS.values() if problem.train.precision in (*gpu.flops, "auto"))
-    return sorted((gpu for gpu in able if gpu.memory > problem.gpu.memory), key=lambda gpu: gpu.memory)
+    larger = sorted((gpu for gpu in able if gpu.memory > problem.gpu.memory), key=lambda gpu: gpu.memory)
+    return islice((f"--gpu {gpu.name}" for gpu in larger if suits(replace(problem, gpu=gpu))), 1)
 
 
 def _more_gpus(problem: Problem) -> Iterator[int]:

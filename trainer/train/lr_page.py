@@ -157,8 +157,11 @@ def _marks(found: Found, x: Callable[[float], float], y: Callable[[float], float
     assert found.steepest is not None
     assert found.tenth is not None
     marks = sorted([(found.steepest, "steepest", ""), (found.tenth, "lowest / 10", " tenth")])
-    is_room = (x(marks[0][0]) - NAME > LEFT, x(marks[1][0]) + NAME < WIDTH - RIGHT)
-    sides, rises = ((True, True), (24, 10)) if is_room[1] else ((not is_room[0], False), (10, 24))
+    first, second = x(marks[0][0]), x(marks[1][0])
+    if second + NAME < WIDTH - RIGHT:
+        sides, rises = (True, True), (24, 10)
+    else:
+        sides, rises = (first - NAME <= LEFT, False), (10, 24)
     parts = []
     for (rate, name, kind), right, rise in zip(marks, sides, rises, strict=True):
         parts.append(f'<path class="mark{kind}" d="M{x(rate):.1f} {TOP - rise + 4}V{HEIGHT - BOTTOM}"/>')
